@@ -1,0 +1,359 @@
+"""The whole story in one file: pretraining, instructions, a reward model and a policy gradient, on a table of numbers.
+
+A *bigram* model knows one word of context: row i of a V x V table holds the logits of the word that follows word i.
+That is too little to write well and enough to show, in its smallest true form, every idea of the later parts:
+
+    1. pretraining        cross-entropy starts at ln V and falls to a limit that we can count      (parts 1 to 5)
+    2. instruction tuning the same loss with the prompt masked; the model starts to obey and to stop (part 6)
+    3. reward model       preferences of a noisy reader become a number, by Bradley-Terry          (part 7)
+    4. policy gradient    the number goes up, on a KL leash; and what happens when the leash is cut (parts 8 and 9)
+
+    python part0_foundations/lesson1_pipeline.py      # about 12 seconds on two CPU cores, three seeds
+
+You should see each stage's score before and after it, beside the best that is possible, in three seeds; and a figure.
+
+References: Bengio et al. 2003, "A Neural Probabilistic Language Model" (section 1); Ouyang et al. 2022, "Training
+language models to follow instructions with human feedback" (section 3: the four stages); Bradley and Terry 1952;
+Williams 1992 (REINFORCE); Gao et al. 2023, "Scaling Laws for Reward Model Overoptimization" (section 3).
+"""
+
+import json
+import math
+import random
+import re
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import matplotlib
+import torch
+import torch.nn.functional as F
+import tyro
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+RUNS = Path(__file__).resolve().parent.parent / "runs" / Path(__file__).resolve().parent.name
+
+
+@dataclass
+class Config:
+    """Take a bigram table through the four stages of a language model's life."""
+
+    sentences: int = 4000
+    """Sentences of the pretraining text; a tenth of them is held out."""
+    steps: int = 400
+    """Optimizer steps of pretraining; the other stages take 200 each."""
+    beta: float = 0.3
+    """The leash: what one nat of distance from the fine-tuned table costs, in units of reward."""
+    seeds: int = 3
+    """How many times the whole story is told; every claim below is made for all of them."""
+    seed: int = 0
+    """The first seed."""
+    out: Path = RUNS / "lesson1_pipeline"
+    """Folder for the figure and metrics.json."""
+    smoke: bool = False
+    """A real but tiny run, in a temporary folder."""
+
+
+# --- words: the tokenizer, 30 tokens (part 2 uses bytes, part 4 learns its own) --------------------------------------
+
+PRONOUN = {"mia": "she", "ada": "she", "tom": "he", "ben": "he"}
+NAMES, VERBS, ARTICLES = list(PRONOUN), ["saw", "found", "liked", "hugged"], ["the", "a"]
+ADJECTIVES, NOUNS = ["happy", "small", "red", "old"], ["dog", "cat", "kite", "ball"]
+ASKED = [name.upper() for name in NAMES]  # MIA in a prompt asks for a sentence about mia
+VOCAB = [*NAMES, *VERBS, *ARTICLES, *ADJECTIVES, *NOUNS, "and", "she", "he", "was", ".", "tell", "about", *ASKED, "<end>"]
+V = len(VOCAB)
+ID = {word: i for i, word in enumerate(VOCAB)}
+END, MAX_NEW, IGNORE = ID["<end>"], 16, -100
+
+
+def encode(words: list[str]) -> torch.Tensor:
+    """Token ids of words: a list of T words -> (T,) int64."""
+    return torch.tensor([ID[word] for word in words])
+
+
+def write_sentence(rng: random.Random, name: str | None = None) -> tuple[list[str], float]:
+    """One sentence of the toy language, and its surprise: -ln of the probability with which it was written, in nats."""
+    nats = 0.0
+
+    def pick(options: list) -> str:
+        nonlocal nats
+        nats += math.log(len(options))  # uniform choice: -ln(1/n)
+        return rng.choice(options)
+
+    name = name or pick(NAMES)
+    words = [name, pick(VERBS), pick(ARTICLES), *[pick(ADJECTIVES) for _ in range(pick([0, 1, 2]))], pick(NOUNS)]
+    if pick([True, False]):  # he or she depends on a word far to the left: no bigram can know it, attention can (part 1)
+        words += ["and", PRONOUN[name], "was", pick(ADJECTIVES)]
+    return [*words, "."], nats
+
+
+# --- the model: a table ----------------------------------------------------------------------------------------------
+
+
+def next_token_loss(table: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy in nats of targets y (B, T) after tokens x (B, T); targets of -100 do not count."""
+    logits = table[x]  # (B, T) -> (B, T, V): looking up a row *is* the model. Part 1 puts a transformer here
+    return F.cross_entropy(logits.flatten(0, -2), y.flatten(), ignore_index=IGNORE)  # -log softmax(logits)[target]
+
+
+@torch.no_grad()
+def sample(table: torch.Tensor, start: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Write after the tokens `start` (B,): ids (B, MAX_NEW), and a mask that is 1 up to the first <end> (B, MAX_NEW)."""
+    probs, token, columns = table.softmax(dim=-1), start, []
+    done = torch.zeros_like(start, dtype=torch.bool)
+    for _ in range(MAX_NEW):
+        token = torch.multinomial(probs[token], 1)[:, 0]  # (B, V) -> (B,). Temperature, top-k and top-p: part 2
+        token = torch.where(done, END, token)  # a row that has ended emits padding
+        columns.append(token)
+        done = done | (token == END)
+    ids = torch.stack(columns, dim=1)
+    before = (ids == END).cumsum(dim=1) - (ids == END).long()  # how many <end> stand to the left
+    return ids, (before == 0).float()
+
+
+def log_prob(table: torch.Tensor, start: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """ln of the probability of each whole response: the sum of its tokens', (B,) and (B, T) -> (B,)."""
+    x = torch.cat([start[:, None], ids[:, :-1]], dim=1)  # what each token of the response was written after
+    logp = table.log_softmax(dim=-1)[x, ids]  # (B, T)
+    return (logp * mask).sum(dim=1)
+
+
+def words_of(ids: torch.Tensor) -> list[str]:
+    """The words of one response (T,), up to and without <end>."""
+    words = [VOCAB[i] for i in ids.tolist()]
+    return words[: words.index("<end>")] if "<end>" in words else words
+
+
+# --- 1. pretraining (parts 1 to 5) -----------------------------------------------------------------------------------
+
+
+def pretrain(config: Config, rng: random.Random) -> tuple[torch.Tensor, dict[str, float], list[float]]:
+    """Fit the table to running text. Returns the table (V, V), the numbers, and the loss at every step."""
+    pages = [write_sentence(rng) for _ in range(config.sentences)]
+    cut = config.sentences * 9 // 10
+    train = encode([word for words, _ in pages[:cut] for word in words])
+    held_out = encode([word for words, _ in pages[cut:] for word in words])
+    table = torch.zeros(V, V, requires_grad=True)  # equal logits: every word as likely as any other, so loss = ln V
+    optimizer = torch.optim.AdamW([table], lr=0.3, weight_decay=0.0)
+    before = next_token_loss(table, held_out[None, :-1], held_out[None, 1:]).item()
+    curve = []
+    for step in range(config.steps):
+        optimizer.param_groups[0]["lr"] = 0.3 * (1 - step / config.steps)  # down to zero: schedules are part 4
+        at = torch.randint(len(train) - 32, (32, 1)) + torch.arange(32)  # (B, T) = (32, 32) windows
+        loss = next_token_loss(table, train[at], train[at + 1])  # the targets are the text, one step to the right
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        curve.append(loss.item())
+    # For a table the minimum is known without any gradient: the frequencies of the pairs, p(j | i) = n_ij / n_i.
+    counts = torch.full((V, V), 1e-2)  # a little of everything, so that an unseen pair is not impossible
+    counts.index_put_((train[:-1], train[1:]), torch.ones(len(train) - 1), accumulate=True)
+    numbers = {
+        "pretrain_loss_before": before,
+        "pretrain_loss_after": next_token_loss(table, held_out[None, :-1], held_out[None, 1:]).item(),
+        "pretrain_loss_counted": next_token_loss(counts.log(), held_out[None, :-1], held_out[None, 1:]).item(),
+        "pretrain_loss_of_the_text": sum(nats for _, nats in pages[cut:]) / len(held_out),
+    }
+    return table.detach(), numbers, curve
+
+
+# --- 2. instruction tuning (part 6) ----------------------------------------------------------------------------------
+
+
+def instructions(rng: random.Random, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """n pairs of prompt and response as inputs and targets (n, T), and which targets belong to the response (n, T)."""
+    rows = []
+    for _ in range(n):
+        name = rng.choice(NAMES)
+        prompt = ["tell", "the", rng.choice(ADJECTIVES), rng.choice(NOUNS), "about", name.upper()]
+        response = [*write_sentence(rng, name)[0], "<end>"]
+        rows.append((encode(prompt + response), len(prompt)))
+    longest = max(len(ids) for ids, _ in rows)
+    ids = torch.stack([F.pad(ids, (0, longest - len(ids)), value=END) for ids, _ in rows])  # padded with <end>
+    place = torch.arange(longest)
+    keep = torch.stack([(place >= n_prompt) & (place < len(row)) for row, n_prompt in rows])
+    return ids[:, :-1], ids[:, 1:], keep[:, 1:]
+
+
+@torch.no_grad()
+def obedience(table: torch.Tensor, n: int = 2000) -> float:
+    """Share of n responses that begin with the name asked for and end by themselves, in [0, 1]."""
+    which = torch.randint(len(NAMES), (n,))
+    ids, _ = sample(table, which + ID["MIA"])
+    return ((ids[:, 0] == which) & (ids[:, -1] == END)).float().mean().item()  # ID["mia"] is 0
+
+
+def fine_tune(base: torch.Tensor, rng: random.Random, steps: int) -> tuple[torch.Tensor, dict[str, float], dict]:
+    """Fine-tune the table on 400 instructions, with the prompt masked and, to see what for, without the mask."""
+    x, y, keep = instructions(rng, 400)
+    x_test, y_test, keep_test = instructions(rng, 400)
+    y_test = y_test.masked_fill(~keep_test, IGNORE)
+    numbers, curves, tables = {"sft_obeys_before": obedience(base)}, {}, {}
+    for kind in ("masked", "unmasked"):
+        # -100 on the prompt: the model shall learn to answer, not to ask. Unmasked, only the padding is left out.
+        targets = y.masked_fill(~keep, IGNORE) if kind == "masked" else y.masked_fill((x == END) & ~keep, IGNORE)
+        table = base.clone().requires_grad_()
+        optimizer = torch.optim.AdamW([table], lr=0.1, weight_decay=0.0)
+        curve = []
+        for _ in range(steps):
+            loss = next_token_loss(table, x, targets)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            curve.append(next_token_loss(table.detach(), x_test, y_test).item())
+        tables[kind], curves[kind] = table.detach(), curve
+    numbers["sft_obeys_after"] = obedience(tables["masked"])
+    numbers["sft_obeys_without_mask"] = obedience(tables["unmasked"])
+    numbers["sft_loss_before"] = next_token_loss(base, x_test, y_test).item()
+    numbers["sft_loss_after"], numbers["sft_loss_without_mask"] = curves["masked"][-1], curves["unmasked"][-1]
+    return tables["masked"], numbers, {**curves, "unmasked table": tables["unmasked"]}
+
+
+# --- 3. reward model (part 7) ----------------------------------------------------------------------------------------
+
+SENTENCE = re.compile(  # the grammar above, as a pattern: what a whole, correct sentence looks like
+    r"(mia|ada|tom|ben) (saw|found|liked|hugged) (the|a) ((happy|small|red|old) )*(dog|cat|kite|ball)"
+    r"( and (she|he) was (happy|small|red|old))? \."
+)
+
+
+def true_score(words: list[str]) -> float:
+    """What the imaginary reader really likes: a whole sentence (+2) with `happy` in it (+2), but not again (-1 each)."""
+    happy = words.count("happy")
+    return 2.0 * bool(SENTENCE.fullmatch(" ".join(words))) + 2.0 * (happy > 0) - 1.0 * max(0, happy - 1)
+
+
+def reader(ids: torch.Tensor) -> torch.Tensor:
+    """True score of each response, (B, T) -> (B,). No model ever sees this number, only noisy choices made by it."""
+    return torch.tensor([true_score(words_of(row)) for row in ids])
+
+
+def bag(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """How often each word stands in each response, (B, T) -> (B, V): all that this reward model looks at."""
+    return (F.one_hot(ids, V) * mask[..., None]).sum(dim=1)
+
+
+def preferences(table: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """n pairs of responses and the reader's choice: features chosen minus rejected (n, V), true scores likewise (n,)."""
+    start = torch.randint(len(NAMES), (n,)) + ID["MIA"]
+    (ids_a, mask_a), (ids_b, mask_b) = sample(table, start), sample(table, start)  # two answers to one prompt
+    gap = reader(ids_a) - reader(ids_b)
+    sign = torch.where(torch.rand(n) < gap.sigmoid(), 1.0, -1.0)  # Bradley-Terry: P(a beats b) = sigmoid(r_a - r_b)
+    return (bag(ids_a, mask_a) - bag(ids_b, mask_b)) * sign[:, None], gap * sign
+
+
+def pair_accuracy(margin: torch.Tensor) -> float:
+    """Share of pairs whose chosen side scores higher, (n,) -> [0, 1]; a tie is worth a half."""
+    return ((margin > 0).float() + 0.5 * (margin == 0).float()).mean().item()
+
+
+def fit_reward(table: torch.Tensor, steps: int) -> tuple[torch.Tensor, dict[str, float]]:
+    """One weight per word, fitted to 2,000 choices; accuracy on 2,000 others. Returns weights (V,) and the numbers."""
+    chosen_minus_rejected, _ = preferences(table, 2000)
+    test, true_margin = preferences(table, 2000)
+    weight = torch.zeros(V, requires_grad=True)  # all ties: the first loss is ln 2, as the first one above was ln V
+    optimizer = torch.optim.AdamW([weight], lr=0.05, weight_decay=0.01)
+    numbers = {"reward_pair_accuracy_before": pair_accuracy(test @ weight.detach())}
+    for _ in range(steps):
+        loss = -F.logsigmoid(chosen_minus_rejected @ weight).mean()  # -ln P(the reader's choice)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    numbers["reward_pair_accuracy_after"] = pair_accuracy(test @ weight.detach())
+    numbers["reward_pair_accuracy_ceiling"] = pair_accuracy(true_margin)  # the reader is noisy: even the truth errs
+    return weight.detach(), numbers
+
+
+# --- 4. policy gradient on a leash (parts 8 and 9) -------------------------------------------------------------------
+
+
+def kl_to(reference: torch.Tensor, table: torch.Tensor, start: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor):
+    """KL(table || reference) in nats per response: summed over V exactly at every word that the table visited."""
+    per_row = (table.softmax(-1) * (table.log_softmax(-1) - reference.log_softmax(-1))).sum(dim=-1)  # (V, V) -> (V,)
+    x = torch.cat([start[:, None], ids[:, :-1]], dim=1)
+    return (per_row[x] * mask).sum(dim=1).mean().item()
+
+
+def best_objective(reference: torch.Tensor, weight: torch.Tensor, beta: float) -> float:
+    """The largest reward - beta * KL that any policy can have, found without any gradient.
+
+    The best policy is the reference times exp(reward / beta), and its objective is beta ln Z. For a reward that is a
+    sum over words, Z comes from right to left: U_t(i) = beta ln sum_j p(j|i) exp((w_j + U_t+1(j)) / beta), U_end = 0.
+    """
+    value = torch.zeros(V)
+    for _ in range(MAX_NEW):
+        ahead = (weight + value.where(torch.arange(V) != END, 0.0)) / beta  # nothing comes after <end>
+        value = beta * torch.logsumexp(reference.log_softmax(dim=-1) + ahead, dim=-1)  # (V, V) -> (V,)
+    return value[ID["MIA"] : ID["MIA"] + len(NAMES)].mean().item()
+
+
+def reinforce(reference: torch.Tensor, weight: torch.Tensor, beta: float, steps: int) -> tuple[torch.Tensor, list[dict]]:
+    """Raise the reward model's score by REINFORCE. Returns the table (V, V) and what was measured along the way."""
+    table = reference.clone().requires_grad_()
+    optimizer = torch.optim.AdamW([table], lr=0.1, weight_decay=0.0)
+    log = []
+    for step in range(steps + 1):
+        start = torch.randint(len(NAMES), (512,)) + ID["MIA"]  # (B,) the last word of each prompt: MIA, ADA, TOM or BEN
+        ids, mask = sample(table, start)
+        reward = bag(ids, mask) @ weight  # (B, V) @ (V,) -> (B,)
+        logp = log_prob(table, start, ids, mask)
+        distance = logp.detach() - log_prob(reference, start, ids, mask)  # its mean is the KL divergence
+        if step % 20 == 0 or step == steps:
+            kl = kl_to(reference, table.detach(), start, ids, mask)
+            log.append({"kl": kl, "reward": reward.mean().item(), "true": reader(ids).mean().item()})
+        leashed = reward - beta * distance
+        advantage = leashed - leashed.mean()  # the baseline: better or worse than the others. Critic: 8; groups: 9
+        loss = -(advantage * logp).mean()  # likelier what was better than usual, less likely what was worse
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return table.detach(), log
+
+
+# --- the story -------------------------------------------------------------------------------------------------------
+
+
+def show(table: torch.Tensor, title: str, start: str = "MIA", n: int = 3) -> None:
+    """Print n samples after one word."""
+    ids, _ = sample(table, encode([start] * n))
+    for row in ids:
+        print(f"      {title:18s} {start} -> {' '.join(words_of(row))}")
+
+
+def story(config: Config, seed: int, talk: bool) -> tuple[dict[str, float], dict]:
+    """All four stages for one seed. Returns the numbers and the curves."""
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    steps = min(200, config.steps)
+    base, numbers, curve = pretrain(config, rng)
+    tuned, more, sft = fine_tune(base, rng, steps)
+    numbers |= more
+    weight, more = fit_reward(tuned, steps)
+    numbers |= more
+    leashed, log = reinforce(tuned, weight, config.beta, steps)
+    cut, log_cut = reinforce(tuned, weight, 0.0, steps)
+    for name, entries in (("leashed", log), ("cut", log_cut)):
+        for key in ("reward", "true", "kl"):
+            numbers[f"rl_{name}_{key}_before"], numbers[f"rl_{name}_{key}_after"] = entries[0][key], entries[-1][key]
+    numbers["rl_objective_after"] = log[-1]["reward"] - config.beta * log[-1]["kl"]
+    numbers["rl_objective_best"] = best_objective(tuned, weight, config.beta)
+    if talk:
+        print("  samples of the first seed:")
+        show(base, "pretrained", start="mia", n=2)
+        show(base, "pretrained", n=1)
+        show(sft["unmasked table"], "SFT without mask", n=2)
+        show(tuned, "SFT", n=2)
+        show(leashed, "RL on a leash", n=2)
+        show(cut, "RL, leash cut", n=1)
+    return numbers, {"pretrain": curve, "sft": sft, "weight": weight, "leashed": log, "cut": log_cut}
+
+if __name__ == "__main__":
+    import time
+    t=time.time()
+    for s in range(3):
+        n, c = story(Config(), s, True)
+        for k,v in n.items(): print(k, round(v,4))
+        print([(VOCAB[i], round(w.item(),2)) for i,w in enumerate(c["weight"])])
+    print(time.time()-t)
