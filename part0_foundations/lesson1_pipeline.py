@@ -22,6 +22,7 @@ import math
 import random
 import re
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,6 +30,7 @@ import matplotlib
 import torch
 import torch.nn.functional as F
 import tyro
+from tqdm import tqdm
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -44,7 +46,7 @@ class Config:
     """Sentences of the pretraining text; a tenth of them is held out."""
     steps: int = 400
     """Optimizer steps of pretraining; the other stages take 200 each."""
-    beta: float = 0.3
+    beta: float = 0.7
     """The leash: what one nat of distance from the fine-tuned table costs, in units of reward."""
     seeds: int = 3
     """How many times the whole story is told; every claim below is made for all of them."""
@@ -62,7 +64,8 @@ PRONOUN = {"mia": "she", "ada": "she", "tom": "he", "ben": "he"}
 NAMES, VERBS, ARTICLES = list(PRONOUN), ["saw", "found", "liked", "hugged"], ["the", "a"]
 ADJECTIVES, NOUNS = ["happy", "small", "red", "old"], ["dog", "cat", "kite", "ball"]
 ASKED = [name.upper() for name in NAMES]  # MIA in a prompt asks for a sentence about mia
-VOCAB = [*NAMES, *VERBS, *ARTICLES, *ADJECTIVES, *NOUNS, "and", "she", "he", "was", ".", "tell", "about", *ASKED, "<end>"]
+OTHERS = ["and", "she", "he", "was", ".", "tell", "about", "<end>"]
+VOCAB = [*NAMES, *ASKED, *VERBS, *ARTICLES, *ADJECTIVES, *NOUNS, *OTHERS]
 V = len(VOCAB)
 ID = {word: i for i, word in enumerate(VOCAB)}
 END, MAX_NEW, IGNORE = ID["<end>"], 16, -100
@@ -84,7 +87,8 @@ def write_sentence(rng: random.Random, name: str | None = None) -> tuple[list[st
 
     name = name or pick(NAMES)
     words = [name, pick(VERBS), pick(ARTICLES), *[pick(ADJECTIVES) for _ in range(pick([0, 1, 2]))], pick(NOUNS)]
-    if pick([True, False]):  # he or she depends on a word far to the left: no bigram can know it, attention can (part 1)
+    if pick([True, False]):
+        # "he" or "she" depends on a word far to the left: no bigram can know it, attention can (part 1).
         words += ["and", PRONOUN[name], "was", pick(ADJECTIVES)]
     return [*words, "."], nats
 
@@ -100,7 +104,7 @@ def next_token_loss(table: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> to
 
 @torch.no_grad()
 def sample(table: torch.Tensor, start: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Write after the tokens `start` (B,): ids (B, MAX_NEW), and a mask that is 1 up to the first <end> (B, MAX_NEW)."""
+    """Write after the words `start` (B,): ids (B, MAX_NEW), and a mask (B, MAX_NEW), 1 up to the first <end>."""
     probs, token, columns = table.softmax(dim=-1), start, []
     done = torch.zeros_like(start, dtype=torch.bool)
     for _ in range(MAX_NEW):
@@ -111,6 +115,12 @@ def sample(table: torch.Tensor, start: torch.Tensor) -> tuple[torch.Tensor, torc
     ids = torch.stack(columns, dim=1)
     before = (ids == END).cumsum(dim=1) - (ids == END).long()  # how many <end> stand to the left
     return ids, (before == 0).float()
+
+
+def draw(table: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """n prompts' last words (n,), MIA, ADA, TOM or BEN; a response to each (n, MAX_NEW) and its mask (n, MAX_NEW)."""
+    start = torch.randint(len(NAMES), (n,)) + ID["MIA"]
+    return start, *sample(table, start)
 
 
 def log_prob(table: torch.Tensor, start: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -126,6 +136,20 @@ def words_of(ids: torch.Tensor) -> list[str]:
     return words[: words.index("<end>")] if "<end>" in words else words
 
 
+def fit(parameter: torch.Tensor, loss_of: Callable[[], torch.Tensor], steps: int, lr: float) -> list[float]:
+    """Change a parameter in place, step by step, so that a loss falls; all four stages do this. Returns every loss."""
+    optimizer = torch.optim.AdamW([parameter], lr=lr, weight_decay=0.0)  # taken apart in part 2, rebuilt in part 4
+    losses = []
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)  # down to zero: schedules are part 4
+        loss = loss_of()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
 # --- 1. pretraining (parts 1 to 5) -----------------------------------------------------------------------------------
 
 
@@ -136,17 +160,13 @@ def pretrain(config: Config, rng: random.Random) -> tuple[torch.Tensor, dict[str
     train = encode([word for words, _ in pages[:cut] for word in words])
     held_out = encode([word for words, _ in pages[cut:] for word in words])
     table = torch.zeros(V, V, requires_grad=True)  # equal logits: every word as likely as any other, so loss = ln V
-    optimizer = torch.optim.AdamW([table], lr=0.3, weight_decay=0.0)
     before = next_token_loss(table, held_out[None, :-1], held_out[None, 1:]).item()
-    curve = []
-    for step in range(config.steps):
-        optimizer.param_groups[0]["lr"] = 0.3 * (1 - step / config.steps)  # down to zero: schedules are part 4
+
+    def batch_loss() -> torch.Tensor:
         at = torch.randint(len(train) - 32, (32, 1)) + torch.arange(32)  # (B, T) = (32, 32) windows
-        loss = next_token_loss(table, train[at], train[at + 1])  # the targets are the text, one step to the right
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        curve.append(loss.item())
+        return next_token_loss(table, train[at], train[at + 1])  # the targets are the text, one step to the right
+
+    curve = fit(table, batch_loss, config.steps, lr=0.3)
     # For a table the minimum is known without any gradient: the frequencies of the pairs, p(j | i) = n_ij / n_i.
     counts = torch.full((V, V), 1e-2)  # a little of everything, so that an unseen pair is not impossible
     counts.index_put_((train[:-1], train[1:]), torch.ones(len(train) - 1), accumulate=True)
@@ -180,9 +200,9 @@ def instructions(rng: random.Random, n: int) -> tuple[torch.Tensor, torch.Tensor
 @torch.no_grad()
 def obedience(table: torch.Tensor, n: int = 2000) -> float:
     """Share of n responses that begin with the name asked for and end by themselves, in [0, 1]."""
-    which = torch.randint(len(NAMES), (n,))
-    ids, _ = sample(table, which + ID["MIA"])
-    return ((ids[:, 0] == which) & (ids[:, -1] == END)).float().mean().item()  # ID["mia"] is 0
+    start, ids, _ = draw(table, n)
+    asked = start - ID["MIA"] + ID["mia"]  # names and the words that ask for them stand in the same order
+    return ((ids[:, 0] == asked) & (ids[:, -1] == END)).float().mean().item()
 
 
 def fine_tune(base: torch.Tensor, rng: random.Random, steps: int) -> tuple[torch.Tensor, dict[str, float], dict]:
@@ -194,20 +214,19 @@ def fine_tune(base: torch.Tensor, rng: random.Random, steps: int) -> tuple[torch
     for kind in ("masked", "unmasked"):
         # -100 on the prompt: the model shall learn to answer, not to ask. Unmasked, only the padding is left out.
         targets = y.masked_fill(~keep, IGNORE) if kind == "masked" else y.masked_fill((x == END) & ~keep, IGNORE)
-        table = base.clone().requires_grad_()
-        optimizer = torch.optim.AdamW([table], lr=0.1, weight_decay=0.0)
-        curve = []
-        for _ in range(steps):
-            loss = next_token_loss(table, x, targets)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+        table, curve = base.clone().requires_grad_(), []
+
+        def loss_of(table=table, targets=targets, curve=curve) -> torch.Tensor:
             curve.append(next_token_loss(table.detach(), x_test, y_test).item())
+            return next_token_loss(table, x, targets)
+
+        fit(table, loss_of, steps, lr=0.2)
         tables[kind], curves[kind] = table.detach(), curve
     numbers["sft_obeys_after"] = obedience(tables["masked"])
     numbers["sft_obeys_without_mask"] = obedience(tables["unmasked"])
     numbers["sft_loss_before"] = next_token_loss(base, x_test, y_test).item()
-    numbers["sft_loss_after"], numbers["sft_loss_without_mask"] = curves["masked"][-1], curves["unmasked"][-1]
+    numbers["sft_loss_after"] = next_token_loss(tables["masked"], x_test, y_test).item()
+    numbers["sft_loss_without_mask"] = next_token_loss(tables["unmasked"], x_test, y_test).item()
     return tables["masked"], numbers, {**curves, "unmasked table": tables["unmasked"]}
 
 
@@ -220,7 +239,7 @@ SENTENCE = re.compile(  # the grammar above, as a pattern: what a whole, correct
 
 
 def true_score(words: list[str]) -> float:
-    """What the imaginary reader really likes: a whole sentence (+2) with `happy` in it (+2), but not again (-1 each)."""
+    """What the imaginary reader likes: a whole sentence (+2) with one `happy` (+2); each further one bores (-1)."""
     happy = words.count("happy")
     return 2.0 * bool(SENTENCE.fullmatch(" ".join(words))) + 2.0 * (happy > 0) - 1.0 * max(0, happy - 1)
 
@@ -236,9 +255,9 @@ def bag(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def preferences(table: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """n pairs of responses and the reader's choice: features chosen minus rejected (n, V), true scores likewise (n,)."""
-    start = torch.randint(len(NAMES), (n,)) + ID["MIA"]
-    (ids_a, mask_a), (ids_b, mask_b) = sample(table, start), sample(table, start)  # two answers to one prompt
+    """n pairs, chosen minus rejected by the reader: counts of words (n, V) and true scores (n,)."""
+    start, ids_a, mask_a = draw(table, n)
+    ids_b, mask_b = sample(table, start)  # two answers to one prompt
     gap = reader(ids_a) - reader(ids_b)
     sign = torch.where(torch.rand(n) < gap.sigmoid(), 1.0, -1.0)  # Bradley-Terry: P(a beats b) = sigmoid(r_a - r_b)
     return (bag(ids_a, mask_a) - bag(ids_b, mask_b)) * sign[:, None], gap * sign
@@ -254,13 +273,13 @@ def fit_reward(table: torch.Tensor, steps: int) -> tuple[torch.Tensor, dict[str,
     chosen_minus_rejected, _ = preferences(table, 2000)
     test, true_margin = preferences(table, 2000)
     weight = torch.zeros(V, requires_grad=True)  # all ties: the first loss is ln 2, as the first one above was ln V
-    optimizer = torch.optim.AdamW([weight], lr=0.05, weight_decay=0.01)
     numbers = {"reward_pair_accuracy_before": pair_accuracy(test @ weight.detach())}
-    for _ in range(steps):
-        loss = -F.logsigmoid(chosen_minus_rejected @ weight).mean()  # -ln P(the reader's choice)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+
+    def loss_of() -> torch.Tensor:
+        small = 0.005 * weight.square().sum()  # a word that was hardly seen is neither good nor bad
+        return small - F.logsigmoid(chosen_minus_rejected @ weight).mean()  # -ln P(the reader's choice)
+
+    fit(weight, loss_of, steps, lr=0.05)
     numbers["reward_pair_accuracy_after"] = pair_accuracy(test @ weight.detach())
     numbers["reward_pair_accuracy_ceiling"] = pair_accuracy(true_margin)  # the reader is noisy: even the truth errs
     return weight.detach(), numbers
@@ -269,11 +288,14 @@ def fit_reward(table: torch.Tensor, steps: int) -> tuple[torch.Tensor, dict[str,
 # --- 4. policy gradient on a leash (parts 8 and 9) -------------------------------------------------------------------
 
 
-def kl_to(reference: torch.Tensor, table: torch.Tensor, start: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor):
-    """KL(table || reference) in nats per response: summed over V exactly at every word that the table visited."""
+@torch.no_grad()
+def judge(table: torch.Tensor, reference: torch.Tensor, weight: torch.Tensor, n: int = 4000) -> dict[str, float]:
+    """Means over n fresh responses: the reward model's score, the true score, and KL(table || reference) in nats."""
+    start, ids, mask = draw(table, n)
     per_row = (table.softmax(-1) * (table.log_softmax(-1) - reference.log_softmax(-1))).sum(dim=-1)  # (V, V) -> (V,)
     x = torch.cat([start[:, None], ids[:, :-1]], dim=1)
-    return (per_row[x] * mask).sum(dim=1).mean().item()
+    kl = (per_row[x] * mask).sum(dim=1).mean().item()  # exact over V, at every word that was visited
+    return {"reward": (bag(ids, mask) @ weight).mean().item(), "true": reader(ids).mean().item(), "kl": kl}
 
 
 def best_objective(reference: torch.Tensor, weight: torch.Tensor, beta: float) -> float:
@@ -289,41 +311,33 @@ def best_objective(reference: torch.Tensor, weight: torch.Tensor, beta: float) -
     return value[ID["MIA"] : ID["MIA"] + len(NAMES)].mean().item()
 
 
-def reinforce(reference: torch.Tensor, weight: torch.Tensor, beta: float, steps: int) -> tuple[torch.Tensor, list[dict]]:
-    """Raise the reward model's score by REINFORCE. Returns the table (V, V) and what was measured along the way."""
+def reinforce(reference: torch.Tensor, weight: torch.Tensor, beta: float, steps: int) -> torch.Tensor:
+    """Raise the reward model's score by REINFORCE, at beta a nat of distance. Returns the new table (V, V)."""
     table = reference.clone().requires_grad_()
-    optimizer = torch.optim.AdamW([table], lr=0.1, weight_decay=0.0)
-    log = []
-    for step in range(steps + 1):
-        start = torch.randint(len(NAMES), (512,)) + ID["MIA"]  # (B,) the last word of each prompt: MIA, ADA, TOM or BEN
-        ids, mask = sample(table, start)
-        reward = bag(ids, mask) @ weight  # (B, V) @ (V,) -> (B,)
-        logp = log_prob(table, start, ids, mask)
+
+    def loss_of() -> torch.Tensor:
+        start, ids, mask = draw(table, 256)
+        logp = log_prob(table, start, ids, mask)  # (B,)
         distance = logp.detach() - log_prob(reference, start, ids, mask)  # its mean is the KL divergence
-        if step % 20 == 0 or step == steps:
-            kl = kl_to(reference, table.detach(), start, ids, mask)
-            log.append({"kl": kl, "reward": reward.mean().item(), "true": reader(ids).mean().item()})
-        leashed = reward - beta * distance
-        advantage = leashed - leashed.mean()  # the baseline: better or worse than the others. Critic: 8; groups: 9
-        loss = -(advantage * logp).mean()  # likelier what was better than usual, less likely what was worse
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return table.detach(), log
+        reward = bag(ids, mask) @ weight - beta * distance  # (B, V) @ (V,) -> (B,), less the pull of the leash
+        advantage = reward - reward.mean()  # the baseline: better or worse than the others. Critic: part 8; groups: 9
+        return -(advantage * logp).mean()  # likelier what was better than usual, less likely what was worse
+
+    fit(table, loss_of, steps, lr=0.2)
+    return table.detach()
 
 
 # --- the story -------------------------------------------------------------------------------------------------------
 
 
-def show(table: torch.Tensor, title: str, start: str = "MIA", n: int = 3) -> None:
-    """Print n samples after one word."""
+def samples(table: torch.Tensor, title: str, start: str, n: int) -> list[str]:
+    """n samples after one word, as lines to print."""
     ids, _ = sample(table, encode([start] * n))
-    for row in ids:
-        print(f"      {title:18s} {start} -> {' '.join(words_of(row))}")
+    return [f"  {title:17s} {start} -> {' '.join(words_of(row))}" for row in ids]
 
 
-def story(config: Config, seed: int, talk: bool) -> tuple[dict[str, float], dict]:
-    """All four stages for one seed. Returns the numbers and the curves."""
+def story(config: Config, seed: int) -> tuple[dict[str, float], dict, list[str]]:
+    """All four stages for one seed. Returns the numbers, the curves for the figure, and some samples."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
     steps = min(200, config.steps)
@@ -332,28 +346,98 @@ def story(config: Config, seed: int, talk: bool) -> tuple[dict[str, float], dict
     numbers |= more
     weight, more = fit_reward(tuned, steps)
     numbers |= more
-    leashed, log = reinforce(tuned, weight, config.beta, steps)
-    cut, log_cut = reinforce(tuned, weight, 0.0, steps)
-    for name, entries in (("leashed", log), ("cut", log_cut)):
-        for key in ("reward", "true", "kl"):
-            numbers[f"rl_{name}_{key}_before"], numbers[f"rl_{name}_{key}_after"] = entries[0][key], entries[-1][key]
-    numbers["rl_objective_after"] = log[-1]["reward"] - config.beta * log[-1]["kl"]
+    lines = samples(base, "pretrained", "mia", 2) + samples(base, "pretrained", "MIA", 1)
+    lines += samples(sft["unmasked table"], "SFT without mask", "MIA", 2) + samples(tuned, "SFT", "MIA", 2)
+    numbers |= {f"rl_{key}_before": value for key, value in judge(tuned, tuned, weight).items()}
+    for name, beta in leashes(config).items():
+        policy = reinforce(tuned, weight, beta, steps)
+        numbers |= {f"rl_{key}_{name}": value for key, value in judge(policy, tuned, weight).items()}
+        lines += samples(policy, f"RL, {name}", "MIA", 2) if name in ("after", "cut") else []
+    numbers["rl_objective_before"] = numbers["rl_reward_before"]  # no distance yet, so nothing to pay
+    numbers["rl_objective_after"] = numbers["rl_reward_after"] - config.beta * numbers["rl_kl_after"]
     numbers["rl_objective_best"] = best_objective(tuned, weight, config.beta)
-    if talk:
-        print("  samples of the first seed:")
-        show(base, "pretrained", start="mia", n=2)
-        show(base, "pretrained", n=1)
-        show(sft["unmasked table"], "SFT without mask", n=2)
-        show(tuned, "SFT", n=2)
-        show(leashed, "RL on a leash", n=2)
-        show(cut, "RL, leash cut", n=1)
-    return numbers, {"pretrain": curve, "sft": sft, "weight": weight, "leashed": log, "cut": log_cut}
+    return numbers, {"pretrain": curve, "sft": sft, "weight": weight}, lines
+
+
+def leashes(config: Config) -> dict[str, float]:
+    """The betas that are tried, by the name under which their numbers are kept."""
+    return {"tight": 3 * config.beta, "after": config.beta, "loose": 0.4 * config.beta, "cut": 0.0}
+
+
+TABLE = [  # what is printed: a title, and the numbers that belong beside each other
+    ("1. pretraining: held-out loss, nats per word", ["before", "after", "counted", "of_the_text"], "pretrain_loss"),
+    ("2. instructions: held-out loss of the response", ["before", "after", "without_mask"], "sft_loss"),
+    ("   share of responses that obey and end", ["before", "after", "without_mask"], "sft_obeys"),
+    ("3. reward model: held-out pairs ranked right", ["before", "after", "ceiling"], "reward_pair_accuracy"),
+    ("4. policy gradient: reward - beta * KL", ["before", "after", "best"], "rl_objective"),
+    ("   reward model's score", ["before", "tight", "after", "loose", "cut"], "rl_reward"),
+    ("   true score, which no model sees", ["before", "tight", "after", "loose", "cut"], "rl_true"),
+    ("   distance from SFT (KL), nats per response", ["before", "tight", "after", "loose", "cut"], "rl_kl"),
+]
+
+
+def draw_figure(config: Config, runs: list[dict[str, float]], curves: dict) -> None:
+    """One panel a stage: curves of the first seed, points of all seeds."""
+    figure, panels = plt.subplots(2, 2, figsize=(11, 8))
+    one, two, three, four = panels.flat
+    one.plot(curves["pretrain"], lw=1, label="training loss")
+    for name, color in (("before", "red"), ("counted", "green"), ("of_the_text", "purple")):
+        level = runs[0][f"pretrain_loss_{name}"]
+        one.axhline(level, ls="--", lw=1, color=f"tab:{color}", label=f"held out, {name}: {level:.2f}")
+    one.set(title="1. pretraining", xlabel="step", ylabel="nats per word", ylim=(0.9, 3.6))
+    for kind in ("masked", "unmasked"):
+        two.plot(curves["sft"][kind], label=f"prompt {kind}")
+    two.set(title="2. instructions", xlabel="step", ylabel="held-out loss of the response, nats per word")
+    order = [i for i in curves["weight"].argsort().tolist() if VOCAB[i] not in (*ASKED, "tell", "about")]
+    three.barh([VOCAB[i] for i in order], curves["weight"][order], color="tab:green")
+    three.tick_params(axis="y", labelsize=7)
+    three.set(title="3. reward model: what it has learned to like", xlabel="weight of one occurrence")
+    kinds = ["before", *list(leashes(config))[:-1]]  # the cut leash would press all others into one line
+    for key, name, color in (("reward", "reward model's score", "green"), ("true", "true score", "purple")):
+        for i, run in enumerate(runs):
+            x, y = [run[f"rl_kl_{kind}"] for kind in kinds], [run[f"rl_{key}_{kind}"] for kind in kinds]
+            four.plot(x, y, "o-", lw=1, ms=4, color=f"tab:{color}", label=name if i == 0 else None)
+    four.set_xscale("symlog", linthresh=0.05)
+    four.set(
+        title="4. policy gradient, from a tight leash to a loose one", xlabel="KL from SFT, nats per response (log)"
+    )
+    for panel in (one, two, four):
+        panel.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(config.out / "pipeline.png", dpi=110)
+
+
+def main(config: Config) -> None:
+    """Tell the story once a seed, then print and draw what changed."""
+    if config.smoke:
+        config = replace(config, sentences=400, steps=30, out=Path(tempfile.mkdtemp()))
+    torch.set_flush_denormal(True)
+    torch.set_num_threads(1)  # tensors this small are done before a second thread has woken up
+    config.out.mkdir(parents=True, exist_ok=True)
+    runs, curves, lines = [], {}, []
+    for seed in tqdm(range(config.seed, config.seed + config.seeds), desc="seeds", leave=False):
+        numbers, *rest = story(config, seed)
+        if not runs:
+            curves, lines = rest
+        runs.append(numbers)
+    print(f"V = {V} words, ln V = {math.log(V):.3f} nats, perplexity {V}; the table has {V * V} parameters")
+    print(f"samples of seed {config.seed}:", *lines, sep="\n")
+    print(f"\nmean of seeds {config.seed} to {config.seed + config.seeds - 1} (smallest to largest)")
+    metrics = {}
+    for title, columns, name in TABLE:
+        print(title)
+        for column in columns:
+            values = [run[f"{name}_{column}"] for run in runs]
+            metrics[f"{name}_{column}"] = sum(values) / len(values)
+            metrics |= {f"{name}_{column}_seed{config.seed + i}": value for i, value in enumerate(values)}
+            note = f"   beta = {leashes(config)[column]:.2f}" if column in leashes(config) and "rl_" in name else ""
+            note = f"   perplexity {math.exp(metrics[f'{name}_{column}']):.1f}" if name == "pretrain_loss" else note
+            span = f"({min(values):.3f} to {max(values):.3f})"
+            print(f"     {column:14s}{metrics[f'{name}_{column}']:9.3f}  {span:20s}{note}")
+    draw_figure(config, runs, curves)
+    (config.out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    print(f"\nwrote {config.out / 'pipeline.png'} and {config.out / 'metrics.json'}")
+
 
 if __name__ == "__main__":
-    import time
-    t=time.time()
-    for s in range(3):
-        n, c = story(Config(), s, True)
-        for k,v in n.items(): print(k, round(v,4))
-        print([(VOCAB[i], round(w.item(),2)) for i,w in enumerate(c["weight"])])
-    print(time.time()-t)
+    main(tyro.cli(Config))

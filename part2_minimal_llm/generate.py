@@ -142,6 +142,11 @@ def generate(
         idx = torch.cat([idx, token[:, None]], dim=1)  # (B, T) -> (B, T + 1)
 
 
+def printable(text: str) -> str:
+    """Replace control characters, which an untrained model writes and a terminal obeys, by U+FFFD."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
 # --- finding a model ---
 
 
@@ -248,7 +253,7 @@ def main(config: Config) -> None:
             generator,
         )
         for token in tokens:
-            print(decoder.decode(tokenizer.decode_bytes(token.tolist())), end="", flush=True)
+            print(printable(decoder.decode(tokenizer.decode_bytes(token.tolist()))), end="", flush=True)
         print(decoder.decode(b"", final=True))
 
 

@@ -33,7 +33,7 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from data import UserError, get_batch, load_tokens
-from generate import RUNS, generate, pick_device
+from generate import RUNS, generate, pick_device, printable
 from model import GPT, GPTConfig
 from tokenizer import ByteTokenizer
 
@@ -74,7 +74,7 @@ class Config:
     """Longest gradient: a longer one is scaled down to this norm."""
     eval_every: int = 250
     """Steps between two evaluations."""
-    eval_tokens: int = 200_000
+    eval_tokens: int = 50_000
     """Held-out tokens to evaluate on at most."""
     seed: int = 0
     """Seed of the initial weights, the batches and the samples."""
@@ -186,7 +186,7 @@ def write_sample(model: GPT, tokenizer: ByteTokenizer, seed: int, length: int) -
     idx = torch.tensor([[tokenizer.eot]], device=device)  # (1, 1)
     generator = torch.Generator(device).manual_seed(seed)
     tokens = generate(model, idx, length, temperature=0.8, eot=tokenizer.eot, generator=generator)
-    text = tokenizer.decode([token.item() for token in tokens])
+    text = printable(tokenizer.decode([token.item() for token in tokens]))
     model.train()
     return text
 
