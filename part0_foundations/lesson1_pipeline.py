@@ -8,9 +8,9 @@ That is too little to write well and enough to show, in its smallest true form, 
     3. reward model       preferences of a noisy reader become a number, by Bradley-Terry          (part 7)
     4. policy gradient    the number goes up, on a KL leash; and what happens when the leash is cut (parts 8 and 9)
 
-    python part0_foundations/lesson1_pipeline.py      # about 12 seconds on two CPU cores, three seeds
+    python part0_foundations/lesson1_pipeline.py      # about 20 seconds, three seeds
 
-You should see each stage's score before and after it, beside the best that is possible, in three seeds; and a figure.
+You should see each stage's score before and after it, beside the best possible, in three seeds, and a figure.
 
 References: Bengio et al. 2003, "A Neural Probabilistic Language Model" (section 1); Ouyang et al. 2022, "Training
 language models to follow instructions with human feedback" (section 3: the four stages); Bradley and Terry 1952;
@@ -30,6 +30,7 @@ import matplotlib
 import torch
 import torch.nn.functional as F
 import tyro
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 matplotlib.use("Agg")
@@ -42,8 +43,6 @@ RUNS = Path(__file__).resolve().parent.parent / "runs" / Path(__file__).resolve(
 class Config:
     """Take a bigram table through the four stages of a language model's life."""
 
-    sentences: int = 4000
-    """Sentences of the pretraining text; a tenth of them is held out."""
     steps: int = 400
     """Optimizer steps of pretraining; the other stages take 200 each."""
     beta: float = 0.7
@@ -66,8 +65,7 @@ ADJECTIVES, NOUNS = ["happy", "small", "red", "old"], ["dog", "cat", "kite", "ba
 ASKED = [name.upper() for name in NAMES]  # MIA in a prompt asks for a sentence about mia
 OTHERS = ["and", "she", "he", "was", ".", "tell", "about", "<end>"]
 VOCAB = [*NAMES, *ASKED, *VERBS, *ARTICLES, *ADJECTIVES, *NOUNS, *OTHERS]
-V = len(VOCAB)
-ID = {word: i for i, word in enumerate(VOCAB)}
+V, ID = len(VOCAB), {word: i for i, word in enumerate(VOCAB)}
 END, MAX_NEW, IGNORE = ID["<end>"], 16, -100
 
 
@@ -88,14 +86,11 @@ def write_sentence(rng: random.Random, name: str | None = None) -> tuple[list[st
     name = name or pick(NAMES)
     words = [name, pick(VERBS), pick(ARTICLES), *[pick(ADJECTIVES) for _ in range(pick([0, 1, 2]))], pick(NOUNS)]
     if pick([True, False]):
-        # "he" or "she" depends on a word far to the left: no bigram can know it, attention can (part 1).
-        words += ["and", PRONOUN[name], "was", pick(ADJECTIVES)]
+        words += ["and", PRONOUN[name], "was", pick(ADJECTIVES)]  # whom "she" means, only attention can see (part 1)
     return [*words, "."], nats
 
 
 # --- the model: a table ----------------------------------------------------------------------------------------------
-
-
 def next_token_loss(table: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy in nats of targets y (B, T) after tokens x (B, T); targets of -100 do not count."""
     logits = table[x]  # (B, T) -> (B, T, V): looking up a row *is* the model. Part 1 puts a transformer here
@@ -111,7 +106,7 @@ def sample(table: torch.Tensor, start: torch.Tensor) -> tuple[torch.Tensor, torc
         token = torch.multinomial(probs[token], 1)[:, 0]  # (B, V) -> (B,). Temperature, top-k and top-p: part 2
         token = torch.where(done, END, token)  # a row that has ended emits padding
         columns.append(token)
-        done = done | (token == END)
+        done |= token == END
     ids = torch.stack(columns, dim=1)
     before = (ids == END).cumsum(dim=1) - (ids == END).long()  # how many <end> stand to the left
     return ids, (before == 0).float()
@@ -126,14 +121,12 @@ def draw(table: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor, torch
 def log_prob(table: torch.Tensor, start: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """ln of the probability of each whole response: the sum of its tokens', (B,) and (B, T) -> (B,)."""
     x = torch.cat([start[:, None], ids[:, :-1]], dim=1)  # what each token of the response was written after
-    logp = table.log_softmax(dim=-1)[x, ids]  # (B, T)
-    return (logp * mask).sum(dim=1)
+    return (table.log_softmax(dim=-1)[x, ids] * mask).sum(dim=1)  # (B, T) -> (B,)
 
 
-def words_of(ids: torch.Tensor) -> list[str]:
-    """The words of one response (T,), up to and without <end>."""
-    words = [VOCAB[i] for i in ids.tolist()]
-    return words[: words.index("<end>")] if "<end>" in words else words
+def text_of(ids: torch.Tensor) -> str:
+    """One response (T,) as text, up to and without <end>."""
+    return " ".join(VOCAB[i] for i in ids.tolist()).split("<end>")[0].strip()
 
 
 def fit(parameter: torch.Tensor, loss_of: Callable[[], torch.Tensor], steps: int, lr: float) -> list[float]:
@@ -151,16 +144,14 @@ def fit(parameter: torch.Tensor, loss_of: Callable[[], torch.Tensor], steps: int
 
 
 # --- 1. pretraining (parts 1 to 5) -----------------------------------------------------------------------------------
-
-
-def pretrain(config: Config, rng: random.Random) -> tuple[torch.Tensor, dict[str, float], list[float]]:
-    """Fit the table to running text. Returns the table (V, V), the numbers, and the loss at every step."""
-    pages = [write_sentence(rng) for _ in range(config.sentences)]
-    cut = config.sentences * 9 // 10
-    train = encode([word for words, _ in pages[:cut] for word in words])
-    held_out = encode([word for words, _ in pages[cut:] for word in words])
+def pretrain(config: Config, rng: random.Random, numbers: dict[str, float]) -> tuple[torch.Tensor, list[float]]:
+    """Fit the table to running text. Adds to the numbers; returns the table (V, V) and the loss at every step."""
+    pages = [write_sentence(rng) for _ in range(4000)]
+    cut = len(pages) * 9 // 10  # a tenth is held out
+    train, test = (encode([word for words, _ in part for word in words]) for part in (pages[:cut], pages[cut:]))
+    x, y = test[None, :-1], test[None, 1:]  # (1, T)
     table = torch.zeros(V, V, requires_grad=True)  # equal logits: every word as likely as any other, so loss = ln V
-    before = next_token_loss(table, held_out[None, :-1], held_out[None, 1:]).item()
+    numbers["pretrain_loss_before"] = next_token_loss(table, x, y).item()
 
     def batch_loss() -> torch.Tensor:
         at = torch.randint(len(train) - 32, (32, 1)) + torch.arange(32)  # (B, T) = (32, 32) windows
@@ -170,34 +161,27 @@ def pretrain(config: Config, rng: random.Random) -> tuple[torch.Tensor, dict[str
     # For a table the minimum is known without any gradient: the frequencies of the pairs, p(j | i) = n_ij / n_i.
     counts = torch.full((V, V), 1e-2)  # a little of everything, so that an unseen pair is not impossible
     counts.index_put_((train[:-1], train[1:]), torch.ones(len(train) - 1), accumulate=True)
-    numbers = {
-        "pretrain_loss_before": before,
-        "pretrain_loss_after": next_token_loss(table, held_out[None, :-1], held_out[None, 1:]).item(),
-        "pretrain_loss_counted": next_token_loss(counts.log(), held_out[None, :-1], held_out[None, 1:]).item(),
-        "pretrain_loss_of_the_text": sum(nats for _, nats in pages[cut:]) / len(held_out),
-    }
-    return table.detach(), numbers, curve
+    numbers["pretrain_loss_after"] = next_token_loss(table, x, y).item()
+    numbers["pretrain_loss_counted"] = next_token_loss(counts.log(), x, y).item()
+    numbers["pretrain_loss_of_the_text"] = sum(nats for _, nats in pages[cut:]) / len(test)
+    return table.detach(), curve
 
 
 # --- 2. instruction tuning (part 6) ----------------------------------------------------------------------------------
-
-
 def instructions(rng: random.Random, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """n pairs of prompt and response as inputs and targets (n, T), and which targets belong to the response (n, T)."""
+    """n prompts with responses: inputs, targets, and targets with the prompt masked, all (n, T)."""
     rows = []
     for _ in range(n):
         name = rng.choice(NAMES)
         prompt = ["tell", "the", rng.choice(ADJECTIVES), rng.choice(NOUNS), "about", name.upper()]
-        response = [*write_sentence(rng, name)[0], "<end>"]
-        rows.append((encode(prompt + response), len(prompt)))
-    longest = max(len(ids) for ids, _ in rows)
-    ids = torch.stack([F.pad(ids, (0, longest - len(ids)), value=END) for ids, _ in rows])  # padded with <end>
-    place = torch.arange(longest)
-    keep = torch.stack([(place >= n_prompt) & (place < len(row)) for row, n_prompt in rows])
-    return ids[:, :-1], ids[:, 1:], keep[:, 1:]
+        ids = encode([*prompt, *write_sentence(rng, name)[0], "<end>"])
+        answer = ids[1:].clone()
+        answer[: len(prompt) - 1] = IGNORE  # -100 on the prompt: the model shall learn to answer, not to ask
+        rows.append((ids[:-1], ids[1:], answer))
+    x, y, masked = (pad_sequence(part, batch_first=True, padding_value=IGNORE) for part in zip(*rows, strict=True))
+    return x.clamp(min=0), y, masked  # padding needs an input too; any will do, its target does not count
 
 
-@torch.no_grad()
 def obedience(table: torch.Tensor, n: int = 2000) -> float:
     """Share of n responses that begin with the name asked for and end by themselves, in [0, 1]."""
     start, ids, _ = draw(table, n)
@@ -205,15 +189,14 @@ def obedience(table: torch.Tensor, n: int = 2000) -> float:
     return ((ids[:, 0] == asked) & (ids[:, -1] == END)).float().mean().item()
 
 
-def fine_tune(base: torch.Tensor, rng: random.Random, steps: int) -> tuple[torch.Tensor, dict[str, float], dict]:
-    """Fine-tune the table on 400 instructions, with the prompt masked and, to see what for, without the mask."""
-    x, y, keep = instructions(rng, 400)
-    x_test, y_test, keep_test = instructions(rng, 400)
-    y_test = y_test.masked_fill(~keep_test, IGNORE)
-    numbers, curves, tables = {"sft_obeys_before": obedience(base)}, {}, {}
-    for kind in ("masked", "unmasked"):
-        # -100 on the prompt: the model shall learn to answer, not to ask. Unmasked, only the padding is left out.
-        targets = y.masked_fill(~keep, IGNORE) if kind == "masked" else y.masked_fill((x == END) & ~keep, IGNORE)
+def fine_tune(base: torch.Tensor, rng: random.Random, steps: int, numbers: dict[str, float]) -> dict[str, tuple]:
+    """Fine-tune on 400 instructions, masked and, to see what the mask is for, unmasked: kind -> (table, curve)."""
+    x, unmasked, masked = instructions(rng, 400)
+    x_test, _, y_test = instructions(rng, 400)  # only the response counts in the test, however we train
+    numbers["sft_loss_before"] = next_token_loss(base, x_test, y_test).item()
+    numbers["sft_obeys_before"] = obedience(base)
+    tuned = {}
+    for kind, targets in (("after", masked), ("without_mask", unmasked)):
         table, curve = base.clone().requires_grad_(), []
 
         def loss_of(table=table, targets=targets, curve=curve) -> torch.Tensor:
@@ -221,13 +204,10 @@ def fine_tune(base: torch.Tensor, rng: random.Random, steps: int) -> tuple[torch
             return next_token_loss(table, x, targets)
 
         fit(table, loss_of, steps, lr=0.2)
-        tables[kind], curves[kind] = table.detach(), curve
-    numbers["sft_obeys_after"] = obedience(tables["masked"])
-    numbers["sft_obeys_without_mask"] = obedience(tables["unmasked"])
-    numbers["sft_loss_before"] = next_token_loss(base, x_test, y_test).item()
-    numbers["sft_loss_after"] = next_token_loss(tables["masked"], x_test, y_test).item()
-    numbers["sft_loss_without_mask"] = next_token_loss(tables["unmasked"], x_test, y_test).item()
-    return tables["masked"], numbers, {**curves, "unmasked table": tables["unmasked"]}
+        numbers[f"sft_loss_{kind}"] = next_token_loss(table, x_test, y_test).item()
+        numbers[f"sft_obeys_{kind}"] = obedience(table)
+        tuned[kind] = table.detach(), curve
+    return tuned
 
 
 # --- 3. reward model (part 7) ----------------------------------------------------------------------------------------
@@ -238,15 +218,11 @@ SENTENCE = re.compile(  # the grammar above, as a pattern: what a whole, correct
 )
 
 
-def true_score(words: list[str]) -> float:
-    """What the imaginary reader likes: a whole sentence (+2) with one `happy` (+2); each further one bores (-1)."""
-    happy = words.count("happy")
-    return 2.0 * bool(SENTENCE.fullmatch(" ".join(words))) + 2.0 * (happy > 0) - 1.0 * max(0, happy - 1)
-
-
-def reader(ids: torch.Tensor) -> torch.Tensor:
-    """True score of each response, (B, T) -> (B,). No model ever sees this number, only noisy choices made by it."""
-    return torch.tensor([true_score(words_of(row)) for row in ids])
+def true_score(ids: torch.Tensor) -> float:
+    """What the imaginary reader likes, (T,): a whole sentence (+2) with a `happy` (+2); each further one bores (-1)."""
+    text = text_of(ids)  # no model ever sees this number, only noisy choices that are made by it
+    happy = text.count("happy")
+    return 2.0 * bool(SENTENCE.fullmatch(text)) + 2.0 * (happy > 0) - 1.0 * max(0, happy - 1)
 
 
 def bag(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -258,44 +234,40 @@ def preferences(table: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor
     """n pairs, chosen minus rejected by the reader: counts of words (n, V) and true scores (n,)."""
     start, ids_a, mask_a = draw(table, n)
     ids_b, mask_b = sample(table, start)  # two answers to one prompt
-    gap = reader(ids_a) - reader(ids_b)
+    gap = torch.tensor([true_score(a) - true_score(b) for a, b in zip(ids_a, ids_b, strict=True)])
     sign = torch.where(torch.rand(n) < gap.sigmoid(), 1.0, -1.0)  # Bradley-Terry: P(a beats b) = sigmoid(r_a - r_b)
     return (bag(ids_a, mask_a) - bag(ids_b, mask_b)) * sign[:, None], gap * sign
 
 
-def pair_accuracy(margin: torch.Tensor) -> float:
-    """Share of pairs whose chosen side scores higher, (n,) -> [0, 1]; a tie is worth a half."""
-    return ((margin > 0).float() + 0.5 * (margin == 0).float()).mean().item()
-
-
-def fit_reward(table: torch.Tensor, steps: int) -> tuple[torch.Tensor, dict[str, float]]:
-    """One weight per word, fitted to 2,000 choices; accuracy on 2,000 others. Returns weights (V,) and the numbers."""
+def fit_reward(table: torch.Tensor, steps: int, numbers: dict[str, float]) -> torch.Tensor:
+    """One weight per word (V,), fitted to 2,000 choices; its accuracy on 2,000 others goes into the numbers."""
     chosen_minus_rejected, _ = preferences(table, 2000)
     test, true_margin = preferences(table, 2000)
     weight = torch.zeros(V, requires_grad=True)  # all ties: the first loss is ln 2, as the first one above was ln V
-    numbers = {"reward_pair_accuracy_before": pair_accuracy(test @ weight.detach())}
+    numbers["reward_pair_accuracy_before"] = 0.5 + 0.5 * (test @ weight).sign().mean().item()  # a tie: a half
 
     def loss_of() -> torch.Tensor:
         small = 0.005 * weight.square().sum()  # a word that was hardly seen is neither good nor bad
         return small - F.logsigmoid(chosen_minus_rejected @ weight).mean()  # -ln P(the reader's choice)
 
     fit(weight, loss_of, steps, lr=0.05)
-    numbers["reward_pair_accuracy_after"] = pair_accuracy(test @ weight.detach())
-    numbers["reward_pair_accuracy_ceiling"] = pair_accuracy(true_margin)  # the reader is noisy: even the truth errs
-    return weight.detach(), numbers
+    numbers["reward_pair_accuracy_after"] = 0.5 + 0.5 * (test @ weight).sign().mean().item()
+    numbers["reward_pair_accuracy_ceiling"] = 0.5 + 0.5 * true_margin.sign().mean().item()  # the reader is noisy
+    return weight.detach()
 
 
 # --- 4. policy gradient on a leash (parts 8 and 9) -------------------------------------------------------------------
-
-
-@torch.no_grad()
 def judge(table: torch.Tensor, reference: torch.Tensor, weight: torch.Tensor, n: int = 4000) -> dict[str, float]:
     """Means over n fresh responses: the reward model's score, the true score, and KL(table || reference) in nats."""
     start, ids, mask = draw(table, n)
     per_row = (table.softmax(-1) * (table.log_softmax(-1) - reference.log_softmax(-1))).sum(dim=-1)  # (V, V) -> (V,)
     x = torch.cat([start[:, None], ids[:, :-1]], dim=1)
     kl = (per_row[x] * mask).sum(dim=1).mean().item()  # exact over V, at every word that was visited
-    return {"reward": (bag(ids, mask) @ weight).mean().item(), "true": reader(ids).mean().item(), "kl": kl}
+    return {
+        "reward": (bag(ids, mask) @ weight).mean().item(),
+        "true": sum(true_score(row) for row in ids) / n,
+        "kl": kl,
+    }
 
 
 def best_objective(reference: torch.Tensor, weight: torch.Tensor, beta: float) -> float:
@@ -328,29 +300,25 @@ def reinforce(reference: torch.Tensor, weight: torch.Tensor, beta: float, steps:
 
 
 # --- the story -------------------------------------------------------------------------------------------------------
-
-
 def samples(table: torch.Tensor, title: str, start: str, n: int) -> list[str]:
     """n samples after one word, as lines to print."""
     ids, _ = sample(table, encode([start] * n))
-    return [f"  {title:17s} {start} -> {' '.join(words_of(row))}" for row in ids]
+    return [f"  {title:17s} {start} -> {text_of(row)}" for row in ids]
 
 
 def story(config: Config, seed: int) -> tuple[dict[str, float], dict, list[str]]:
     """All four stages for one seed. Returns the numbers, the curves for the figure, and some samples."""
     torch.manual_seed(seed)
-    rng = random.Random(seed)
-    steps = min(200, config.steps)
-    base, numbers, curve = pretrain(config, rng)
-    tuned, more, sft = fine_tune(base, rng, steps)
-    numbers |= more
-    weight, more = fit_reward(tuned, steps)
-    numbers |= more
+    rng, numbers, steps = random.Random(seed), {}, min(200, config.steps)
+    base, curve = pretrain(config, rng, numbers)
+    sft = fine_tune(base, rng, steps, numbers)
+    tuned = sft["after"][0]
+    weight = fit_reward(tuned, steps, numbers)
     lines = samples(base, "pretrained", "mia", 2) + samples(base, "pretrained", "MIA", 1)
-    lines += samples(sft["unmasked table"], "SFT without mask", "MIA", 2) + samples(tuned, "SFT", "MIA", 2)
+    lines += samples(sft["without_mask"][0], "SFT without mask", "MIA", 2) + samples(tuned, "SFT", "MIA", 2)
     numbers |= {f"rl_{key}_before": value for key, value in judge(tuned, tuned, weight).items()}
-    for name, beta in leashes(config).items():
-        policy = reinforce(tuned, weight, beta, steps)
+    for name, factor in LEASHES.items():
+        policy = reinforce(tuned, weight, factor * config.beta, steps)
         numbers |= {f"rl_{key}_{name}": value for key, value in judge(policy, tuned, weight).items()}
         lines += samples(policy, f"RL, {name}", "MIA", 2) if name in ("after", "cut") else []
     numbers["rl_objective_before"] = numbers["rl_reward_before"]  # no distance yet, so nothing to pay
@@ -359,11 +327,7 @@ def story(config: Config, seed: int) -> tuple[dict[str, float], dict, list[str]]
     return numbers, {"pretrain": curve, "sft": sft, "weight": weight}, lines
 
 
-def leashes(config: Config) -> dict[str, float]:
-    """The betas that are tried, by the name under which their numbers are kept."""
-    return {"tight": 3 * config.beta, "after": config.beta, "loose": 0.4 * config.beta, "cut": 0.0}
-
-
+LEASHES = {"tight": 3.0, "after": 1.0, "loose": 0.4, "cut": 0.0}  # what is tried, as multiples of config.beta
 TABLE = [  # what is printed: a title, and the numbers that belong beside each other
     ("1. pretraining: held-out loss, nats per word", ["before", "after", "counted", "of_the_text"], "pretrain_loss"),
     ("2. instructions: held-out loss of the response", ["before", "after", "without_mask"], "sft_loss"),
@@ -376,65 +340,58 @@ TABLE = [  # what is printed: a title, and the numbers that belong beside each o
 ]
 
 
-def draw_figure(config: Config, runs: list[dict[str, float]], curves: dict) -> None:
+def draw_figure(path: Path, runs: list[dict[str, float]], curves: dict) -> None:
     """One panel a stage: curves of the first seed, points of all seeds."""
-    figure, panels = plt.subplots(2, 2, figsize=(11, 8))
-    one, two, three, four = panels.flat
+    figure, ((one, two), (three, four)) = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
     one.plot(curves["pretrain"], lw=1, label="training loss")
     for name, color in (("before", "red"), ("counted", "green"), ("of_the_text", "purple")):
-        level = runs[0][f"pretrain_loss_{name}"]
-        one.axhline(level, ls="--", lw=1, color=f"tab:{color}", label=f"held out, {name}: {level:.2f}")
+        label = f"held out, {name}: {runs[0][f'pretrain_loss_{name}']:.2f}"
+        one.axhline(runs[0][f"pretrain_loss_{name}"], ls="--", lw=1, color=f"tab:{color}", label=label)
     one.set(title="1. pretraining", xlabel="step", ylabel="nats per word", ylim=(0.9, 3.6))
-    for kind in ("masked", "unmasked"):
-        two.plot(curves["sft"][kind], label=f"prompt {kind}")
+    two.plot(curves["sft"]["after"][1], label="prompt masked")
+    two.plot(curves["sft"]["without_mask"][1], label="prompt not masked")
     two.set(title="2. instructions", xlabel="step", ylabel="held-out loss of the response, nats per word")
     order = [i for i in curves["weight"].argsort().tolist() if VOCAB[i] not in (*ASKED, "tell", "about")]
     three.barh([VOCAB[i] for i in order], curves["weight"][order], color="tab:green")
-    three.tick_params(axis="y", labelsize=7)
     three.set(title="3. reward model: what it has learned to like", xlabel="weight of one occurrence")
-    kinds = ["before", *list(leashes(config))[:-1]]  # the cut leash would press all others into one line
+    kinds = ["before", *list(LEASHES)[:-1]]  # the cut leash would press all others into one line
     for key, name, color in (("reward", "reward model's score", "green"), ("true", "true score", "purple")):
         for i, run in enumerate(runs):
             x, y = [run[f"rl_kl_{kind}"] for kind in kinds], [run[f"rl_{key}_{kind}"] for kind in kinds]
             four.plot(x, y, "o-", lw=1, ms=4, color=f"tab:{color}", label=name if i == 0 else None)
     four.set_xscale("symlog", linthresh=0.05)
-    four.set(
-        title="4. policy gradient, from a tight leash to a loose one", xlabel="KL from SFT, nats per response (log)"
-    )
+    four.set(title="4. policy gradient, from a tight leash to a loose one", xlabel="KL from SFT, nats a response (log)")
     for panel in (one, two, four):
         panel.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(config.out / "pipeline.png", dpi=110)
+    figure.savefig(path, dpi=110)
 
 
 def main(config: Config) -> None:
     """Tell the story once a seed, then print and draw what changed."""
     if config.smoke:
-        config = replace(config, sentences=400, steps=30, out=Path(tempfile.mkdtemp()))
+        config = replace(config, steps=30, seeds=2, out=Path(tempfile.mkdtemp()))
     torch.set_flush_denormal(True)
     torch.set_num_threads(1)  # tensors this small are done before a second thread has woken up
     config.out.mkdir(parents=True, exist_ok=True)
-    runs, curves, lines = [], {}, []
-    for seed in tqdm(range(config.seed, config.seed + config.seeds), desc="seeds", leave=False):
-        numbers, *rest = story(config, seed)
-        if not runs:
-            curves, lines = rest
-        runs.append(numbers)
+    seeds = range(config.seed, config.seed + config.seeds)
+    stories = [story(config, seed) for seed in tqdm(seeds, desc="seeds", leave=False)]
+    runs, (_, curves, lines) = [numbers for numbers, _, _ in stories], stories[0]
     print(f"V = {V} words, ln V = {math.log(V):.3f} nats, perplexity {V}; the table has {V * V} parameters")
     print(f"samples of seed {config.seed}:", *lines, sep="\n")
-    print(f"\nmean of seeds {config.seed} to {config.seed + config.seeds - 1} (smallest to largest)")
+    print(f"\nmean of seeds {seeds[0]} to {seeds[-1]} (smallest to largest)")
+    print(
+        "the leash costs", ", ".join(f"{factor * config.beta:.2f} a nat ({name})" for name, factor in LEASHES.items())
+    )
     metrics = {}
     for title, columns, name in TABLE:
         print(title)
         for column in columns:
             values = [run[f"{name}_{column}"] for run in runs]
             metrics[f"{name}_{column}"] = sum(values) / len(values)
-            metrics |= {f"{name}_{column}_seed{config.seed + i}": value for i, value in enumerate(values)}
-            note = f"   beta = {leashes(config)[column]:.2f}" if column in leashes(config) and "rl_" in name else ""
-            note = f"   perplexity {math.exp(metrics[f'{name}_{column}']):.1f}" if name == "pretrain_loss" else note
-            span = f"({min(values):.3f} to {max(values):.3f})"
-            print(f"     {column:14s}{metrics[f'{name}_{column}']:9.3f}  {span:20s}{note}")
-    draw_figure(config, runs, curves)
+            metrics |= {f"{name}_{column}_seed{seed}": value for seed, value in zip(seeds, values, strict=True)}
+            note = f"  perplexity {math.exp(metrics[f'{name}_{column}']):.1f}" if name == "pretrain_loss" else ""
+            print(f"  {column:14s}{metrics[f'{name}_{column}']:9.3f}  ({min(values):.3f} to {max(values):.3f}){note}")
+    draw_figure(config.out / "pipeline.png", runs, curves)
     (config.out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     print(f"\nwrote {config.out / 'pipeline.png'} and {config.out / 'metrics.json'}")
 

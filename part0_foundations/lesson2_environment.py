@@ -1,18 +1,17 @@
 """What this machine is, what it can do in a second, and what a training step will ask of it.
 
-Before a model is trained, three questions can be answered with a pencil: does it fit into memory, how long does a step
-take, and is the machine or the program the limit? This script measures the two numbers that the pencil needs, the rate
-of matrix products and the bandwidth of memory, predicts the memory and the arithmetic of one training step from a
-config, and lays the measured values beside the predicted ones.
+Does a model fit into memory, how long does a step take, and is the machine or the program the limit? A pencil answers
+that from two numbers, the rate of matrix products and the bandwidth of memory. This script measures both, predicts the
+memory and the arithmetic of one training step from a config, and lays the measured values beside the predicted ones.
 
     python part0_foundations/lesson2_environment.py      # about 10 seconds on two CPU cores; also on CUDA and MPS
 
-You should see four tables (the machine, its rates, a step predicted and measured, the operations of a step), what
-numbers smaller than 1e-38 cost, a figure, and a trace for chrome://tracing or https://ui.perfetto.dev.
+You should see five tables (the machine, its rates, a step predicted and measured, the operations of a step, what
+numbers below 1e-38 cost), a figure, and a trace for chrome://tracing.
 
 References: Kaplan et al. 2020, "Scaling Laws for Neural Language Models", section 2.1 (6ND); Korthikanti et al. 2022,
-"Reducing Activation Recomputation in Large Transformer Models", section 4.1 (activations); Micikevicius et al. 2018,
-"Mixed Precision Training", section 3 (loss scaling); Williams et al. 2009, "Roofline"; IEEE 754, section 3.4.
+"Reducing Activation Recomputation", section 4.1; Micikevicius et al. 2018, "Mixed Precision Training", section 3 (loss
+scaling); Williams et al. 2009, "Roofline".
 """
 
 import json
@@ -69,69 +68,46 @@ class Config:
     """A real but tiny run, in a temporary folder."""
 
 
-# --- the machine -----------------------------------------------------------------------------------------------------
-
-
 def pick_device(wanted: str = "auto") -> str:
     """The device that our scripts choose: cuda, then mps, then cpu. Exits with status 2 if the wanted one is absent."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if wanted == "auto":
-        return next(name for name, available in there.items() if available)
-    if not there.get(wanted, False):
-        names = ", ".join(name for name, available in there.items() if available)
-        print(f"error: --device {wanted} is not available here; choose auto or one of: {names}", file=sys.stderr)
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    there = [name for name, available in present.items() if available]
+    if wanted not in ("auto", *there):
+        print(f"error: --device {wanted} is not available here; there is: auto, {', '.join(there)}", file=sys.stderr)
         raise SystemExit(2)
-    return wanted
+    return there[0] if wanted == "auto" else wanted
 
 
-def pick_precision(device: str) -> tuple[str, str]:
+def pick_precision(device: str) -> str:
     """What our scripts would train in on a device, and why."""
     if device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        return "bf16 autocast", "matrix products in bf16 run on tensor cores, and its range is that of fp32: no scaler"
+        return "bf16 autocast: tensor cores multiply it at full speed, and its range is that of fp32, so no scaler"
     if device == "cuda":
-        return (
-            "fp16 autocast + GradScaler",
-            "no bf16 units; fp16 ends at 6e-8, so the loss is scaled up before backward",
-        )
-    if device == "mps":
-        return "fp32", "safe everywhere; --dtype bfloat16 is worth a try where the table below shows it faster"
-    return "fp32", "correct on every CPU; bf16 pays only where the table below shows it faster"
-
-
-def synchronize(device: str) -> None:
-    """Wait until the device has done all it was told: a GPU works on while Python has gone ahead."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    elif device == "mps":
-        torch.mps.synchronize()
+        return "fp16 autocast with GradScaler: no bf16 units, and gradients below 6e-8 would vanish unless scaled up"
+    return f"fp32: right on every {device}; bf16 pays only where the table below shows it faster"
 
 
 def describe(device: str) -> dict[str, str]:
     """What a bug report should begin with."""
-    names = {"cuda": torch.cuda.get_device_name() if device == "cuda" else "", "mps": "Apple GPU"}
-    memory = f", {torch.cuda.get_device_properties(0).total_memory / 2**30:.0f} GiB" if device == "cuda" else ""
-    precision, why = pick_precision(device)
+    chip = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
     return {
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "torch": f"{torch.__version__}, built for CUDA {torch.version.cuda or '(none)'}",
         "CPU": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
-        "accelerator": "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "none",
-        "our device": device + (f" ({names[device]}{memory})" if device in names else ""),
-        "our precision": f"{precision}: {why}",
+        "our device": f"{device} ({chip}): cuda before mps before cpu",
+        "our precision": pick_precision(device),
     }
 
 
 # --- rates: how many operations and how many bytes in a second -------------------------------------------------------
-
-
 def seconds_of(action: Callable[[], object], device: str, repetitions: int = 7) -> float:
     """Median seconds of one call, after one call to warm up. The median ignores the call that was interrupted."""
     times = []
     for _ in range(repetitions + 1):
-        synchronize(device)
+        getattr(torch, device).synchronize()  # a GPU works on while Python has gone ahead; torch.cpu has a dummy
         start = time.perf_counter()
         action()
-        synchronize(device)
+        getattr(torch, device).synchronize()
         times.append(time.perf_counter() - start)
     return statistics.median(times[1:])
 
@@ -140,29 +116,18 @@ def matmul_rate(device: str, dtype: torch.dtype, budget: float) -> tuple[int, fl
     """GFLOP/s of an n x n matrix product, with the largest n (a power of two) that stays within the budget.
 
     A product of (n, n) by (n, n) takes n multiplications and n additions for each of n^2 results: 2 n^3 operations.
-
-    Returns:
-        n, and the rate in 1e9 operations a second; (0, 0.0) where the device cannot do it in this precision.
+    Returns n and 1e9 operations a second; (0, 0.0) where the device cannot do it in this precision.
     """
-    n, best = 128, (0, 0.0)
-    while n <= 16384:
+    n, best, seconds = 256, (0, 0.0), 0.0
+    while n <= 16384 and 8 * seconds <= budget:  # twice the side, eight times the work
         try:
             a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))  # each (n, n)
-            seconds = seconds_of(lambda a=a, b=b: a @ b, device, repetitions=3 if best == (0, 0.0) else 7)
+            seconds = seconds_of(lambda a=a, b=b: a @ b, device)
         except (RuntimeError, TypeError):  # no fp64 on MPS, for one
-            return best
-        best = (n, 2 * n**3 / seconds / 1e9)
-        if seconds * 8 > budget:  # twice the side, eight times the work
             break
+        best = (n, 2 * n**3 / seconds / 1e9)
         n *= 2
     return best
-
-
-def bandwidth(device: str, megabytes: int) -> float:
-    """GB/s at which memory is copied: every byte is read once and written once, far beyond the caches."""
-    source = torch.empty(megabytes * 2**20, dtype=torch.uint8, device=device).fill_(1)
-    target = torch.empty_like(source)
-    return 2 * source.numel() / seconds_of(lambda: target.copy_(source), device) / 1e9
 
 
 def measure_rates(config: Config, device: str) -> dict[str, float]:
@@ -174,28 +139,25 @@ def measure_rates(config: Config, device: str) -> dict[str, float]:
     if device == "cuda":
         kinds["tf32"] = torch.float32  # fp32 numbers, multiplied with 10 bits of mantissa
     for name, dtype in kinds.items():
-        precision = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
         n, rate = matmul_rate(device, dtype, config.budget)
-        torch.set_float32_matmul_precision(precision)
         info = torch.finfo(dtype)
         eps = 2.0**-10 if name == "tf32" else info.eps
         exponent = info.bits - 1 + round(math.log2(info.eps))  # what sign and mantissa leave over
         metrics[f"matmul_{name}_gflops"] = rate
         ratio = f"{rate / metrics['matmul_fp32_gflops']:8.2f} x" if rate else "not here"
         print(f"  {name}  {info.bits:4d}  {exponent:8d}  {info.tiny:15.1e}  {eps:10.1e}  {n:6d}  {rate:8.1f}   {ratio}")
-    metrics["bandwidth_gb_s"] = bandwidth(device, 16 if config.smoke else 256)
-    balance = metrics["matmul_fp32_gflops"] / metrics["bandwidth_gb_s"]
-    print(f"memory: {metrics['bandwidth_gb_s']:.1f} GB/s (copy, read + written)")
-    print(
-        f"balance: fewer than {balance:.1f} operations a byte (fp32), and this machine waits for memory, not arithmetic"
-    )
+    torch.set_float32_matmul_precision("highest")
+    source = torch.ones((16 if config.smoke else 256) * 2**20, dtype=torch.uint8, device=device)  # beyond any cache
+    target = torch.empty_like(source)
+    metrics["bandwidth_gb_s"] = 2 * source.numel() / seconds_of(lambda: target.copy_(source), device) / 1e9
+    print(f"memory: {metrics['bandwidth_gb_s']:.1f} GB/s, copied: every byte is read once and written once")
+    metrics["balance"] = metrics["matmul_fp32_gflops"] / metrics["bandwidth_gb_s"]
+    print(f"balance: below {metrics['balance']:.1f} operations a byte (fp32), memory is the limit; above, arithmetic")
     return metrics
 
 
 # --- a training step, predicted --------------------------------------------------------------------------------------
-
-
 class Block(nn.Module):
     """One transformer block, written so that everything it keeps can be counted; explained in part 1."""
 
@@ -209,9 +171,8 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor, fused: bool) -> torch.Tensor:
         """(B, T, C) -> (B, T, C); `fused` computes the same attention without keeping its (T, T) weights."""
-        q, k, v = (  # (B, T, C) -> (B, T, 3C) -> 3 x (B, T, C) -> 3 x (B, H, T, D)
-            part.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for part in self.qkv(self.norm1(x)).chunk(3, dim=-1)
-        )
+        parts = self.qkv(self.norm1(x)).unflatten(-1, (3 * self.n_head, -1))  # (B, T, C) -> (B, T, 3C) -> (B, T, 3H, D)
+        q, k, v = parts.transpose(1, 2).chunk(3, dim=1)  # -> (B, 3H, T, D) -> 3 x (B, H, T, D)
         if fused:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
@@ -241,14 +202,13 @@ class Stack(nn.Module):
 
 def predict(config: Config) -> dict[str, int]:
     """Memory in bytes and arithmetic in operations of one fp32 training step, from the config alone."""
-    b, t, c, v = config.batch_size, config.block_size, config.n_embd, config.vocab_size
-    layers, heads = config.n_layer, config.n_head
+    b, t, c, v, layers = config.batch_size, config.block_size, config.n_embd, config.vocab_size, config.n_layer
     matrices = layers * 12 * c * c + c * v  # qkv 3, proj 1, up 4, down 4; and the head: what multiplies a token
     rest = layers * (3 * c + c + 4 * c + c + 4 * c) + 2 * c + (v + t) * c  # biases, norms, embeddings: no products
     tensors = layers * 12 + 2 + 1 + 2  # weights and biases of 4 Linear and 2 LayerNorm a layer; last norm, head, tables
     # What backward will want again, in numbers a token. x, norm(x), q, k, v, the heads' output, the second x and
     # norm(x): 8 C; up and gelu(up): 8 C. The softmax keeps H T weights, each norm its mean and 1/std.
-    kept_a_token = layers * (16 * c + heads * t + 4) + 2 * c + 2 + v  # the end: x, norm(x), log-softmax
+    kept_a_token = layers * (16 * c + config.n_head * t + 4) + 2 * c + 2 + v  # the end: x, norm(x), log-softmax
     whole_numbers = 8 * (2 * b * t + t) + 4  # ids, targets and places (int64); and how many targets count
     return {
         "parameters": 4 * (matrices + rest),
@@ -256,29 +216,22 @@ def predict(config: Config) -> dict[str, int]:
         "adam": 8 * (matrices + rest) + 4 * tensors,  # m and v, and a step count for every tensor
         # Attention in one piece keeps one number a head (the log of the softmax's sum) instead of T, and no mask.
         "activations": 4 * b * t * kept_a_token + whole_numbers + layers * t * t,
-        "activations_fused": 4 * b * t * (kept_a_token - layers * heads * (t - 1)) + whole_numbers,
+        "activations_fused": 4 * b * t * (kept_a_token - layers * config.n_head * (t - 1)) + whole_numbers,
         "flops": 6 * matrices * b * t + 12 * layers * b * t * t * c,  # 6ND, and q k^T and weights v, there and back
         "flops_6nd": 6 * (matrices + rest) * b * t,
     }
 
 
 # --- a training step, measured ---------------------------------------------------------------------------------------
-
-
-def storages(tensors: list[torch.Tensor]) -> dict[tuple, int]:
-    """Bytes of every distinct piece of memory under some tensors: a view and its base count once."""
-    return {(str(x.device), x.untyped_storage().data_ptr()): x.untyped_storage().nbytes() for x in tensors}
-
-
 def activation_bytes(model: Stack, idx: torch.Tensor, targets: torch.Tensor, fused: bool) -> int:
-    """Bytes that the graph of one forward pass keeps for backward, parameters not counted."""
+    """Bytes that the graph of one forward pass keeps for backward, parameters not counted, a view and its base once."""
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        loss = model(idx, targets, fused)
-    ours = storages([x for x in kept if x.numel()]).keys() - storages(list(model.parameters())).keys()
-    total = sum(size for key, size in storages(kept).items() if key in ours)
+        loss = model(idx, targets, fused)  # held until we have counted, or its memory would be used again
+    memory = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept}  # distinct pieces
+    parameters = {x.untyped_storage().data_ptr() for x in model.parameters()}
     del loss
-    return total
+    return sum(size for place, size in memory.items() if place not in parameters)
 
 
 def measure_step(config: Config, device: str) -> tuple[dict[str, float], Callable[[], None]]:
@@ -297,10 +250,8 @@ def measure_step(config: Config, device: str) -> tuple[dict[str, float], Callabl
             optimizer.step()
             optimizer.zero_grad()
 
-    measured = {
-        "activations": activation_bytes(model, idx, targets, fused=False),
-        "activations_fused": activation_bytes(model, idx, targets, fused=True),
-    }
+    measured = {"activations": activation_bytes(model, idx, targets, fused=False)}
+    measured["activations_fused"] = activation_bytes(model, idx, targets, fused=True)
     with FlopCounterMode(display=False) as counter:
         model(idx, targets).backward()
     measured["flops"] = counter.get_total_flops()
@@ -317,32 +268,20 @@ def show_step(config: Config, device: str, rates: dict[str, float]) -> tuple[dic
     """Print what a step was predicted to need beside what it needed; return the numbers, and the step."""
     predicted = predict(config)
     measured, step = measure_step(config, device)
-    print("\none training step in fp32")
-    for name, value in (("B", config.batch_size), ("T", config.block_size), ("C", config.n_embd)):
-        print(f"  {name} = {value}", end="")
-    print(f"  V = {config.vocab_size}  L = {config.n_layer}  H = {config.n_head}")
-    print(f"  {'':34s}{'predicted':>12s}{'measured':>12s}")
-    metrics = {}
-    for name, title in (
-        ("parameters", "parameters, MB"),
-        ("gradients", "gradients, MB"),
-        ("adam", "AdamW's m and v, MB"),
-        ("activations", "activations, MB"),
-        ("activations_fused", "activations, attention fused, MB"),
-        ("flops", "matrix products, GFLOP"),
-    ):
-        unit = 1e9 if name == "flops" else 1e6
+    print(
+        f"\none training step in fp32: B = {config.batch_size}, T = {config.block_size}, C = {config.n_embd},", end=" "
+    )
+    print(f"V = {config.vocab_size}, L = {config.n_layer}, H = {config.n_head}      predicted    measured")
+    titles, metrics = {"adam": "AdamW's m and v", "activations_fused": "activations, attention fused"}, {}
+    for name in ("parameters", "gradients", "adam", "activations", "activations_fused", "flops"):
+        title, unit = (titles.get(name, name) + ", MB", 1e6) if name != "flops" else ("matrix products, GFLOP", 1e9)
         metrics[f"{name}_predicted"], metrics[f"{name}_measured"] = predicted[name], measured[name]
         print(f"  {title:34s}{predicted[name] / unit:12.3f}{measured[name] / unit:12.3f}")
     print(f"  {'the same by 6ND, all parameters':34s}{predicted['flops_6nd'] / 1e9:12.3f}")
     seconds, tokens = measured["step_seconds"], config.batch_size * config.block_size
     floor = predicted["flops"] / (rates["matmul_fp32_gflops"] * 1e9)
     print(f"  {'milliseconds':34s}{1e3 * floor:12.1f}{1e3 * seconds:12.1f}   predicted: nothing but matrix products")
-    print(
-        f"  {tokens / seconds:.0f} tokens/s; {100 * floor / seconds:.0f}% of the rate of large products measured above"
-    )
-    if device == "cuda":
-        print(f"  peak of the allocator: {torch.cuda.max_memory_allocated() / 1e6:.0f} MB, all measurements together")
+    print(f"  {tokens / seconds:.0f} tokens/s, {100 * floor / seconds:.0f}% of the rate of large products above")
     metrics |= {"step_seconds": seconds, "tokens_per_second": tokens / seconds, "fraction_of_peak": floor / seconds}
     return metrics, step
 
@@ -352,7 +291,7 @@ def profile_step(step: Callable[[], None], device: str, path: Path, rows: int = 
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
     with profile(activities=activities) as profiler:
         step()
-        synchronize(device)
+        getattr(torch, device).synchronize()
     profiler.export_chrome_trace(str(path))
     clock = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"  # self: without what it called
     events = [event for event in profiler.key_averages() if not event.key.startswith(("#", "ProfilerStep"))]
@@ -360,90 +299,75 @@ def profile_step(step: Callable[[], None], device: str, path: Path, rows: int = 
     total = sum(getattr(event, clock) for event in events) or 1
     print(f"\none step, profiled: {total / 1e3:.1f} ms in {sum(event.count for event in events)} operations")
     print("  operation                                     calls       ms   share")
-    for event in events[:rows]:
-        time_us = getattr(event, clock)
-        print(f"  {event.key[:44]:44s}{event.count:7d}{time_us / 1e3:9.2f}{100 * time_us / total:7.1f}%")
+    for event, us in [(event, getattr(event, clock)) for event in events[:rows]]:
+        print(f"  {event.key[:44]:44s}{event.count:7d}{us / 1e3:9.2f}{100 * us / total:7.1f}%")
 
 
-# --- denormals -------------------------------------------------------------------------------------------------------
+# --- denormals, and the figure ---------------------------------------------------------------------------------------
+
+ACTIONS = {  # on a matrix (n, n) and a vector (N,) of such numbers, and an ordinary matrix (n, n)
+    "matrix_product": lambda matrix, vector, weights: matrix @ weights,
+    "multiply": lambda matrix, vector, weights: vector * 0.5,
+    "divide": lambda matrix, vector, weights: vector / 3.0,
+    "square_root": lambda matrix, vector, weights: vector.sqrt(),
+}
 
 
 def denormal_cost(n: int = 384) -> dict[str, float]:
     """How much longer operations take on numbers of 1e-39 than on numbers of 1, with and without flushing to zero.
 
-    Below 1.2e-38 an fp32 number has no leading 1 in its mantissa any more, and many CPUs take such *denormal* numbers
-    through a slow path. Gradients get there by themselves: Adam squares them, and 1e-20 squared is 1e-40. The flag
-    makes results that small 0, so that the slow path is never met. It holds for the thread that sets it and for threads
-    started later, so it belongs at the top of a script.
+    Below 1.2e-38 an fp32 number loses the leading 1 of its mantissa, and many CPUs take such *denormal* numbers through
+    a slow path. Gradients get there by themselves: Adam squares them, and 1e-20 squared is 1e-40. The flag makes them
+    0. It holds for the thread that sets it, not for workers that already run: it belongs at the top of a script.
     """
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a worker that is already running would keep its own flag
-    ratios = {}
-    try:
-        for name, flush, scale in (("normal", False, 1.0), ("denormal", False, 1e-39), ("flushed", True, 1e-39)):
-            torch.set_flush_denormal(flush)
-            matrix, weights = torch.rand(n, n) * scale, torch.rand(n, n)  # made under the flag, as gradients would be
-            vector = (torch.rand(1_000_000) + 0.1) * scale
-            for title, action in (
-                ("matrix_product", lambda a=matrix, b=weights: a @ b),
-                ("multiply", lambda a=vector: a * 0.5),
-                ("divide", lambda a=vector: a / 3.0),
-                ("square_root", lambda a=vector: a.sqrt()),
-            ):
-                ratios[f"denormal_{title}_{name}"] = seconds_of(action, "cpu")
-    finally:
-        torch.set_flush_denormal(False)
-        torch.set_num_threads(threads)
+    torch.set_num_threads(1)
+    seconds, metrics = {}, {}
+    for kind, flush, scale in (("normal", False, 1.0), ("denormal", False, 1e-39), ("flushed", True, 1e-39)):
+        torch.set_flush_denormal(flush)
+        matrix, weights = torch.rand(n, n) * scale, torch.rand(n, n)  # made under the flag, as gradients would be
+        vector = (torch.rand(100_000) + 0.1) * scale
+        for name, action in ACTIONS.items():
+            seconds[kind, name] = seconds_of(lambda f=action, x=(matrix, vector, weights): f(*x), "cpu")
+    torch.set_flush_denormal(False)
+    torch.set_num_threads(threads)
     print("\nnumbers of 1e-39 on this CPU: time as a multiple of the same operation on numbers of 1")
     print("  operation          as they are   with torch.set_flush_denormal(True)")
-    metrics = {}
-    for title in ("matrix_product", "multiply", "divide", "square_root"):
-        normal = ratios[f"denormal_{title}_normal"]
-        for kind in ("denormal", "flushed"):
-            metrics[f"{kind}_{title}_ratio"] = ratios[f"denormal_{title}_{kind}"] / normal
-        slow, fast = (metrics[f"{kind}_{title}_ratio"] for kind in ("denormal", "flushed"))
-        note = "" if slow > 1.5 else "   no difference on this machine"
-        print(f"  {title.replace('_', ' '):18s}{slow:10.1f} x{fast:12.1f} x{note}")
+    for name in ACTIONS:
+        slow, fast = (seconds[kind, name] / seconds["normal", name] for kind in ("denormal", "flushed"))
+        metrics |= {f"denormal_{name}_ratio": slow, f"flushed_{name}_ratio": fast}
+        print(f"  {name:18s}{slow:10.1f} x{fast:12.1f} x{'' if slow > 1.5 else '   hardly a difference here'}")
     return metrics
 
 
-# --- picture and main ------------------------------------------------------------------------------------------------
+def draw_pairs(panel: plt.Axes, names: list[str], first: list[float], second: list[float], labels: list[str]) -> None:
+    """Two bars beside each other for every name."""
+    for shift, heights, label in ((-0.2, first, labels[0]), (0.2, second, labels[1])):
+        panel.bar([place + shift for place in range(len(names))], heights, width=0.4, label=label)
+    panel.set_xticks(range(len(names)), [name.replace("_", "\n") for name in names], fontsize=8)
+    panel.legend()
 
 
-def draw_figure(config: Config, metrics: dict[str, float]) -> None:
+def draw_figure(path: Path, metrics: dict[str, float]) -> None:
     """Rates, the roofline that they make, memory predicted and measured, and denormals."""
-    figure, panels = plt.subplots(2, 2, figsize=(11, 8))
-    one, two, three, four = panels.flat
-    rates = {k.split("_")[1]: v for k, v in metrics.items() if k.startswith("matmul_") and v}
-    bars = one.bar(list(rates), list(rates.values()), color="tab:blue")
-    one.bar_label(bars, fmt="%.3g")
-    one.set(title="matrix products", ylabel="GFLOP/s", yscale="log")
-    intensity = [2.0**k for k in range(-4, 13)]  # operations for every byte moved
-    peak, gb = metrics["matmul_fp32_gflops"], metrics["bandwidth_gb_s"]
-    two.loglog(intensity, [min(peak, x * gb) for x in intensity], lw=2)
-    c = config.n_embd
-    for x, name in ((1 / 12, "add two tensors"), (c / 6, f"({c}, {c}) product"), (1024 / 6, "(1024, 1024) product")):
-        two.plot(x, min(peak, x * gb), "o", color="tab:red")
-        two.annotate(name, (x, min(peak, x * gb)), xytext=(6, -14), textcoords="offset points", fontsize=8)
-    two.set(title="roofline (fp32): the most to be had", xlabel="operations per byte moved", ylabel="GFLOP/s")
+    figure, ((one, two), (three, four)) = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
+    rates = {name.split("_")[1]: rate for name, rate in metrics.items() if name.startswith("matmul_") and rate}
+    one.bar_label(one.bar(list(rates), list(rates.values())), fmt="%.4g")
+    one.set(title="matrix products", ylabel="GFLOP/s")
+    peak, speed = metrics["matmul_fp32_gflops"], metrics["bandwidth_gb_s"]
+    two.loglog([2.0**k for k in range(-4, 9)], [min(peak, speed * 2.0**k) for k in range(-4, 9)], lw=2)
+    for x, name in ((1 / 12, "a + b"), (64 / 6, "64 x 64 product"), (1024 / 6, "1024 x 1024 product")):
+        two.plot(x, min(peak, x * speed), "o", label=name)  # n x n product: 2 n^3 operations, 12 n^2 bytes
+    two.legend()
+    two.set(title="roofline (fp32): the most to be had", xlabel="operations a byte", ylabel="GFLOP/s")
     names = ["parameters", "gradients", "adam", "activations", "activations_fused"]
-    places = range(len(names))
-    for shift, kind in ((-0.2, "predicted"), (0.2, "measured")):
-        megabytes = [metrics[f"{name}_{kind}"] / 1e6 for name in names]
-        three.bar([place + shift for place in places], megabytes, width=0.4, label=kind)
-    three.set_xticks(list(places), [name.replace("_", "\n") for name in names], fontsize=8)
+    memory = [[metrics[f"{name}_{kind}"] / 1e6 for name in names] for kind in ("predicted", "measured")]
+    draw_pairs(three, names, *memory, ["predicted", "measured"])
     three.set(title="memory of one training step", ylabel="MB")
-    titles = ["matrix_product", "multiply", "divide", "square_root"]
-    for shift, kind in ((-0.2, "denormal"), (0.2, "flushed")):
-        ratios = [metrics[f"{kind}_{title}_ratio"] for title in titles]
-        four.bar([place + shift for place in range(4)], ratios, width=0.4, label="as they are" if shift < 0 else kind)
-    four.axhline(1, color="0.6", lw=1)
-    four.set_xticks(range(4), [title.replace("_", "\n") for title in titles], fontsize=8)
+    ratios = [[metrics[f"{kind}_{name}_ratio"] for name in ACTIONS] for kind in ("denormal", "flushed")]
+    draw_pairs(four, list(ACTIONS), *ratios, ["as they are", "flushed to zero"])
     four.set(title="numbers of 1e-39 on the CPU", ylabel="time, as a multiple of normal", yscale="log")
-    three.legend()
-    four.legend()
-    figure.tight_layout()
-    figure.savefig(config.out / "environment.png", dpi=110)
+    figure.savefig(path, dpi=110)
 
 
 def main(config: Config) -> None:
@@ -464,7 +388,7 @@ def main(config: Config) -> None:
     metrics |= more
     profile_step(step, device, config.out / "trace.json")
     metrics |= denormal_cost(64 if config.smoke else 384)
-    draw_figure(config, metrics)
+    draw_figure(config.out / "environment.png", metrics)
     (config.out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     print(
         "\nwrote", *(f"  {config.out / name}" for name in ("environment.png", "trace.json", "metrics.json")), sep="\n"

@@ -1,17 +1,17 @@
 """Positions: how a transformer knows the order of what it reads, and how far that knowledge reaches.
 
 Attention looks at a set: shuffle what comes in and what comes out is shuffled likewise, nothing else. So a vector is
-added to each position. Two ways: a learned table with one row for each position (GPT-2, and model.py), or fixed waves of
-many lengths (the sinusoids of the first transformer). Attention itself is the subject of lessons 2 to 4; here it is used
-as a closed box.
+added to each position. Two ways: a learned table with one row for each position (GPT-2, and model.py), or fixed waves
+of many lengths (the sinusoids of the first transformer). Attention itself is the subject of lessons 2 to 4; here it is
+used as a closed box.
 
     python part1_transformer/lesson1_positions.py
 
-You see that without positions order is lost, that a shift of a sinusoid is a rotation, and what happens when a model that
-was trained on 32 positions reads 64. It takes 15 seconds and saves a picture of both kinds.
+You see that without positions order is lost, that a shift of a sinusoid is a rotation, and what happens when a model
+that was trained on 32 positions reads 64. It takes 15 seconds and saves a picture of both kinds.
 
-References: Vaswani et al. 2017, "Attention Is All You Need", section 3.5 (sinusoids); Radford et al. 2019 (GPT-2) learns
-its table; Press et al. 2022, "Train Short, Test Long", section 2, measures the same failure on language.
+References: Vaswani et al. 2017, "Attention Is All You Need", section 3.5 (sinusoids); Radford et al. 2019 (GPT-2)
+learns its table; Press et al. 2022, "Train Short, Test Long", section 2, measures the same failure on language.
 """
 
 import json
@@ -25,9 +25,10 @@ import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 import tyro
-from model import GPTConfig, Transformer
 from torch import nn
 from tqdm import tqdm
+
+from model import GPTConfig, Transformer
 
 matplotlib.use("Agg")  # figures go to files, no window is opened
 RUNS = Path(__file__).resolve().parent.parent / "runs" / Path(__file__).resolve().parent.name
@@ -57,8 +58,8 @@ class Config:
 def sinusoid(t: int, C: int) -> list[float]:
     """The vector of position t, one number at a time: C / 2 pairs (sin, cos), each slower than the one before.
 
-    Pair i turns by the angle w_i = 10000^(-2i / C) at each step: 1 radian for the first pair, close to 1 / 10000 for the
-    last, like the second, minute and hour hands of a clock.
+    Pair i turns by the angle w_i = 10000^(-2i / C) at each step: 1 radian for the first pair, close to 1 / 10000 for
+    the last, like the second, minute and hour hands of a clock.
     """
     vector = []
     for i in range(C // 2):
@@ -85,7 +86,7 @@ def shift_matrix(k: int, C: int) -> torch.Tensor:
     shift = torch.zeros(C, C, dtype=torch.float64)
     for i in range(C // 2):
         b = k * 10000.0 ** (-2 * i / C)
-        pair = torch.tensor([[math.cos(b), math.sin(b)], [-math.sin(b), math.cos(b)]])
+        pair = torch.tensor([[math.cos(b), math.sin(b)], [-math.sin(b), math.cos(b)]], dtype=torch.float64)
         shift[2 * i : 2 * i + 2, 2 * i : 2 * i + 2] = pair
     return shift
 
@@ -200,7 +201,9 @@ def main(config: Config) -> None:
     print(f"   one matrix moves every position by 7:        largest difference {metrics['difference_shift']:.1e}")
     assert max(metrics["difference_by_hand"], metrics["difference_shift"]) < 1e-6
 
-    print(f"\n3. trained on {T} positions to name the symbol {BACK} back, read on {2 * T} (guessing: {1 / SYMBOLS:.3f})")
+    print(
+        f"\n3. trained on {T} positions to name the symbol {BACK} back, read on {2 * T} (guessing: {1 / SYMBOLS:.3f})"
+    )
     models = {
         "none": train("none", 2 * T, T, config.steps),
         "learned": train("learned", 2 * T, T, config.steps),

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+
 from model import CausalSelfAttention, GPTConfig
 
 matplotlib.use("Agg")  # figures go to files, no window is opened
@@ -170,7 +171,9 @@ def main(config: Config) -> None:
     show("k = x @ W_k: what each word shows", k, ["noun", "verb"])
     show("v = x @ W_v: what each word gives away", v, ["0", "1"])
     show("scores = q @ k.T: row asks, column is looked at", steps["scores"], WORDS)
-    print(f"  sleeps asks, cat answers: {q[2, 0]:g} x {k[1, 0]:g} + {q[2, 1]:g} x {k[1, 1]:g} = {steps['scores'][2, 1]:g}")
+    print(
+        f"  sleeps asks, cat answers: {q[2, 0]:g} x {k[1, 0]:g} + {q[2, 1]:g} x {k[1, 1]:g} = {steps['scores'][2, 1]:g}"
+    )
     show("scaled = scores / sqrt(2)", steps["scaled"], WORDS)
     show("masked: nobody sees what comes later", steps["masked"], WORDS)
     print("  cat would like to look at its verb (score 4), but it has not been said yet.")
@@ -181,7 +184,7 @@ def main(config: Config) -> None:
     terms = " + ".join(f"{weights[2, s]:.3f} x {v[s, 0]:g}" for s in range(3))
     print(f"  channel 0 of sleeps: {terms} = {steps['out'][2, 0]:.3f}")
 
-    # The first three agree to rounding in float64 or float32; nothing here is approximate.
+    # Differences are rounding alone: the loops are float64 like the matrices, torch and the model float32.
     others = {
         "loops": attention_in_loops(X, W_Q, W_K, W_V),
         "torch": attention_in_torch(q, k, v),

@@ -118,7 +118,9 @@ def draw(weights: torch.Tensor, table: dict[str, list[dict[str, float]]], dims: 
     fig, axes = plt.subplots(1, 3, figsize=(13, 3.9), layout="constrained")
     image = axes[0].imshow(weights, cmap="Blues", vmin=0)
     ticks = range(0, len(weights), 3)
-    axes[0].set(title="weights of an untrained head", xlabel="s: looked at", ylabel="t: asks", xticks=ticks, yticks=ticks)
+    axes[0].set(
+        title="weights of an untrained head", xlabel="s: looked at", ylabel="t: asks", xticks=ticks, yticks=ticks
+    )
     fig.colorbar(image, ax=axes[0])
     for label, colour in (("raw", "C3"), ("scaled", "C0")):
         axes[1].plot(dims, [row["peak"] for row in table[label]], "o-", color=colour, label=label)

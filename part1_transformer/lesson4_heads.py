@@ -6,12 +6,12 @@ lesson 3's heads this is obvious and slow; model.py computes all heads in one pr
 
     python part1_transformer/lesson4_heads.py
 
-You see the shapes of every step, the equality with a list of heads and with torch's nn.MultiheadAttention, then two small
-models that train on puzzles for which we know where attention has to look: the heads divide the work, and an
+You see the shapes of every step, the equality with a list of heads and with torch's nn.MultiheadAttention, then two
+small models that train on puzzles for which we know where attention has to look: the heads divide the work, and an
 "induction" pair of layers appears. It takes 20 seconds, and the figure shows a heat map for every head.
 
-References: Vaswani et al. 2017, "Attention Is All You Need", section 3.2.2; Olsson et al. 2022, "In-context Learning and
-Induction Heads", the section "What are induction heads?".
+References: Vaswani et al. 2017, "Attention Is All You Need", section 3.2.2; Olsson et al. 2022, "In-context Learning
+and Induction Heads", the section "What are induction heads?".
 """
 
 import json
@@ -24,10 +24,11 @@ import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 import tyro
-from lesson3_head import Head
-from model import CausalSelfAttention, GPTConfig, Transformer
 from torch import nn
 from tqdm import tqdm
+
+from lesson3_head import Head
+from model import CausalSelfAttention, GPTConfig, Transformer
 
 matplotlib.use("Agg")  # figures go to files, no window is opened
 RUNS = Path(__file__).resolve().parent.parent / "runs" / Path(__file__).resolve().parent.name
@@ -196,6 +197,7 @@ def targets_of_attention(idx: torch.Tensor) -> dict[str, torch.Tensor]:
     before = F.pad(idx, (1, 0), value=-1)[:, :T]  # (B, T): the letter before each position
     return {
         "1 back": (s == t - 1).expand(B, T, T),
+        "early": ((s == t - 1) & (t < T // 4)).expand(B, T, T),  # 1 back where no letter has come back yet
         "3 back": (s == t - 3).expand(B, T, T),
         "first": ((s == 0) & (t > 3)).expand(B, T, T),  # from t = 4 on it cannot be confused with the others
         # The letter that followed the letter at t when it was seen before: before[s] = idx[t], s <= t.
@@ -219,8 +221,9 @@ def draw(rows: list[tuple[str, torch.Tensor, dict[str, torch.Tensor]]], letters:
     for row, (title, maps, scores) in zip(axes, rows, strict=True):
         for h, ax in enumerate(row):
             best = max(scores, key=lambda name: scores[name][h].item())
+            what = "1 back, early rows," if best == "early" else best
             ax.imshow(maps[h], cmap="Blues", vmin=0, vmax=1)
-            ax.set_title(f"{title}, head {h}: {best} {scores[best][h]:.0%}", fontsize=10)
+            ax.set_title(f"{title}, head {h}: {what} {scores[best][h]:.0%}", fontsize=10)
             ax.set_xticks(range(len(letters)), letters, fontsize=7)
             ax.set_yticks(range(len(letters)), letters, fontsize=7)
         row[0].set_ylabel("t: asks")
@@ -257,12 +260,14 @@ def main(config: Config) -> None:
     assert max(metrics.values()) < 1e-6
 
     print("\nparameters by number of heads, C = 32: ", end="")
-    counts = [sum(p.numel() for p in CausalSelfAttention(GPTConfig(n_head=h, n_embd=C)).parameters()) for h in (1, 4, 16)]
+    counts = [
+        sum(p.numel() for p in CausalSelfAttention(GPTConfig(n_head=h, n_embd=C)).parameters()) for h in (1, 4, 16)
+    ]
     print(f"H = 1: {counts[0]:,}, H = 4: {counts[1]:,}, H = 16: {counts[2]:,}. Heads divide channels, they add none.")
 
     rows = []
     idx, _ = make_batch(256, 24, ["next"])
-    for title, n_layer, jobs in (("work", 1, ["1 back", "3 back", "first"]), ("next", 2, ["next"])):
+    for title, n_layer, jobs in (("copy", 1, ["1 back", "3 back", "first"]), ("next", 2, ["next"])):
         model, accuracy = train(n_layer, jobs, config.steps)
         maps = attention_maps(model, idx)
         scores = head_scores(maps, idx)

@@ -1,13 +1,14 @@
 """Lesson 2.5: choosing a token from a distribution.
 
-The model gives probabilities; something has to pick. Always taking the likeliest token (greedy) writes one and the same
-text, and it walks in circles. Drawing from all tokens now and then takes one that the model itself thinks wrong, and
-there are hundreds of such. Temperature, top-k and top-p are three ways to draw, but less often from the tail.
+The model gives probabilities; something has to pick. Always taking the likeliest token (greedy) writes the same text
+every time, and a weak model walks in circles. Drawing from all tokens now and then takes one that the model itself
+thinks wrong, and there are hundreds of those. Temperature, top-k and top-p are three ways to draw, but less often from
+the tail.
 
     python part2_minimal_llm/lesson5_sampling.py     # 15 seconds; a distribution six ways, six texts, a figure
 
 You should see a filter written as a plain loop agree with generate.filter_logits, how many tokens each setting keeps,
-and how much each one repeats itself. It uses the model of train.py, or trains a small one if there is none yet.
+and how much each one repeats itself. It uses the model of train.py, or trains a small one first if there is none.
 
 References: Fan et al. 2018, "Hierarchical Neural Story Generation", section 5.1 (top-k); Holtzman et al. 2020, "The
 Curious Case of Neural Text Degeneration", sections 3.1 (top-p) and 4.
@@ -51,9 +52,11 @@ class Config:
     """Model to sample from. If it is not there, a small one is trained for some seconds."""
     prompt: str = "One day, "
     """Text whose next token is looked at."""
-    length: int = 300
-    """Tokens to write with each setting."""
-    train_steps: int = 300
+    texts: int = 3
+    """B, texts to write with each setting."""
+    length: int = 160
+    """Tokens to write in each."""
+    train_steps: int = 600
     """Steps of the small model."""
     seed: int = 0
     """Seed of the draws."""
@@ -63,14 +66,14 @@ class Config:
     """A real but tiny run, in a temporary folder."""
 
 
-def small_model(config: Config) -> tuple[GPT, ByteTokenizer]:
-    """Load the checkpoint, or train a model that is small enough for a lesson."""
+def load_model(config: Config) -> tuple[GPT, ByteTokenizer]:
+    """Load the checkpoint; if it is not there, train a model that is small enough for a lesson."""
     path = config.checkpoint
     if config.smoke or not path.is_file():
         print(f"no {path.name} of train.py: training a small model for {config.train_steps} steps")
-        size = {"n_stories": 1000, "batch_size": 12, "block_size": 128, "n_layer": 2, "n_embd": 96}
-        rhythm = {"steps": config.train_steps, "eval_every": config.train_steps, "eval_tokens": 20_000}
-        train.train(train.Config(**size, **rhythm, out=config.out / "model", device="cpu"))
+        size = {"n_stories": 1000, "block_size": 64, "n_layer": 2, "n_head": 8, "n_embd": 96}
+        pace = {"steps": config.train_steps, "lr": 4e-3, "warmup_steps": 30, "eval_every": 300, "eval_tokens": 20_000}
+        train.train(train.Config(**size, **pace, out=config.out / "model", device="cpu"))
         path = config.out / "model" / "best.pt"
     return load_checkpoint(path, torch.device("cpu"))
 
@@ -112,9 +115,9 @@ def readable(tokens: list[int], tokenizer: ByteTokenizer) -> str:
     return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in shown)
 
 
-def repeated(text: str, n: int = 20) -> float:
-    """Share of the pieces of n characters that stood in the text before, in [0, 1]."""
-    pieces = [text[i : i + n] for i in range(len(text) - n + 1)]
+def repeated(texts: list[str], n: int = 10) -> float:
+    """Share of the pieces of n characters that stood in these texts before, in [0, 1]."""
+    pieces = [text[i : i + n] for text in texts for i in range(len(text) - n + 1)]
     return 1 - len(set(pieces)) / max(len(pieces), 1)
 
 
@@ -143,7 +146,7 @@ def main(config: Config) -> None:
         config = replace(config, out=Path(tempfile.mkdtemp()), train_steps=20, length=40)
     torch.set_flush_denormal(True)
     config.out.mkdir(parents=True, exist_ok=True)
-    model, tokenizer = small_model(config)
+    model, tokenizer = load_model(config)
     idx = torch.tensor([tokenizer.encode(config.prompt)])  # (1, T)
     with torch.no_grad():
         logits, _ = model.eval()(idx)  # (1, T, V)
@@ -164,13 +167,14 @@ def main(config: Config) -> None:
         shaped[name] = probs
         metrics[f"kept_{name.replace(' ', '_')}"] = (probs > 0).sum().item()
 
-    print(f"\n{config.length} tokens with each, past the end of documents; how much of it stood there before")
+    print(f"\n{config.texts} texts of {config.length} tokens each, the first of them, and how much stood there before")
     for name, setting in SETTINGS.items():
         generator = torch.Generator().manual_seed(config.seed)
-        tokens = [t.item() for t in generate(model, idx, config.length, *setting, generator=generator)]
-        text = config.prompt + readable(tokens, tokenizer)
-        metrics[f"repeated_{name.replace(' ', '_')}"] = repeated(text)
-        print(f"--- {name}: {repeated(text):.0%} repeated\n{text}")
+        rows = generate(model, idx.repeat(config.texts, 1), config.length, *setting, generator=generator)
+        tokens = torch.stack(list(rows), dim=1)  # length x (B,) -> (B, length), on past the end of a document
+        texts = [readable(row, tokenizer) for row in tokens.tolist()]
+        metrics[f"repeated_{name.replace(' ', '_')}"] = repeated(texts)
+        print(f"--- {name}: {repeated(texts):.0%} repeated\n{config.prompt}{texts[0]}")
 
     (config.out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     draw(config.out / "sampling.png", shaped, tokenizer, config.prompt)

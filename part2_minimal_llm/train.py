@@ -50,11 +50,11 @@ class Config:
     """Documents to generate for --data stories; a fiftieth as many are held out."""
     out: Path = RUNS
     """Folder for the checkpoints, the learning curve and metrics.json."""
-    steps: int = 1500
+    steps: int = 4500
     """Optimizer steps."""
-    batch_size: int = 12
+    batch_size: int = 4
     """B, windows in a batch."""
-    block_size: int = 256
+    block_size: int = 128
     """T, tokens in a window, and the longest context of the model."""
     n_layer: int = 4
     """Blocks in the stack."""
@@ -64,17 +64,17 @@ class Config:
     """C, channels."""
     dropout: float = 0.0
     """Share of activations set to zero; worth raising when a small text is seen many times."""
-    lr: float = 2e-3
+    lr: float = 3e-3
     """Highest learning rate."""
-    warmup_steps: int = 100
+    warmup_steps: int = 200
     """Steps in which the learning rate rises from zero."""
     weight_decay: float = 0.1
     """Share of lr by which matrices shrink in a step. Biases and norms do not."""
     clip: float = 1.0
     """Longest gradient: a longer one is scaled down to this norm."""
-    eval_every: int = 250
+    eval_every: int = 500
     """Steps between two evaluations."""
-    eval_tokens: int = 50_000
+    eval_tokens: int = 20_000
     """Held-out tokens to evaluate on at most."""
     seed: int = 0
     """Seed of the initial weights, the batches and the samples."""
