@@ -104,7 +104,10 @@ class Reader(nn.Module):
         nn.init.normal_(self.embed.weight, std=0.02)
         self.body = Transformer(GPTConfig(block_size=block_size, n_layer=1, n_embd=C))
         self.read = nn.Linear(C, SYMBOLS)
-        if kind != "learned":
+        if kind == "learned":
+            # Training starts from rows as small as the symbols, so that the picture shows what it has made of them.
+            nn.init.normal_(self.body.wpe.weight, std=0.02)
+        else:
             # The Transformer adds row t of its table wpe. A fixed table is a table that the optimizer may not touch.
             # Waves of size 1 would drown the symbols (N(0, 0.02)), so they are made smaller.
             table = 0.1 * sinusoids(block_size, C) if kind == "sinusoidal" else torch.zeros(block_size, C)

@@ -138,7 +138,7 @@ def draw(steps: dict[str, np.ndarray], path: Path) -> None:
             x, y = steps[name][t]
             arrow = {"arrowstyle": "->", "color": colour, "linestyle": style, "linewidth": width, "alpha": width**-0.5}
             axes[0].annotate("", (x, y), (0, 0), arrowprops=arrow)
-            axes[0].text(x + 0.05, y + shift, f"{name}({word})", color=colour)
+            axes[0].text(x + 0.1, y + shift, f"{name}({word})", color=colour)
     axes[0].set(xlim=(-0.3, 3.1), ylim=(-0.5, 2.6), xlabel="noun", ylabel="verb", title="keys (wide), queries (dashed)")
     tables = [("scaled", "1. scores / sqrt(D)"), ("weights", "2. mask and softmax: weights"), ("out", "3. weights @ v")]
     for ax, (name, title) in zip(axes[1:], tables, strict=True):

@@ -11,7 +11,7 @@ small models that train on puzzles for which we know where attention has to look
 "induction" pair of layers appears. It takes 20 seconds, and the figure shows a heat map for every head.
 
 References: Vaswani et al. 2017, "Attention Is All You Need", section 3.2.2; Olsson et al. 2022, "In-context Learning
-and Induction Heads", the section "What are induction heads?".
+and Induction Heads", the part "Key Concepts".
 """
 
 import json
@@ -221,7 +221,7 @@ def draw(rows: list[tuple[str, torch.Tensor, dict[str, torch.Tensor]]], letters:
     for row, (title, maps, scores) in zip(axes, rows, strict=True):
         for h, ax in enumerate(row):
             best = max(scores, key=lambda name: scores[name][h].item())
-            what = "1 back, early rows," if best == "early" else best
+            what = "1 back early" if best == "early" else best
             ax.imshow(maps[h], cmap="Blues", vmin=0, vmax=1)
             ax.set_title(f"{title}, head {h}: {what} {scores[best][h]:.0%}", fontsize=10)
             ax.set_xticks(range(len(letters)), letters, fontsize=7)

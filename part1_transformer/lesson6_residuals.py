@@ -101,7 +101,7 @@ def make_stack(kind: str, depth: int, C: int) -> nn.ModuleList:
     """`depth` blocks of 4 heads and C channels.
 
     Matrices are N(0, 1 / inputs), so that each product keeps the size of what it gets. The plain stack has its best
-    chance this way: under GPT-2's smaller 0.02 it fades faster.
+    chance this way: under the smaller ones of init_weights it fades faster.
     """
     blocks = nn.ModuleList([AnyBlock(GPTConfig(n_head=4, n_embd=C), kind) for _ in range(depth)])
     for name, parameter in blocks.named_parameters():

@@ -110,12 +110,12 @@ def stream_by_depth(model: Transformer, scaled: bool) -> list[float]:
 
     Args:
         model: gets fresh weights, so the same one can be asked twice.
-        scaled: divide the projections onto the stream by sqrt(2L), as init_weights does; else all matrices are
-            N(0, 0.02).
+        scaled: divide the projections onto the stream by sqrt(2L), as init_weights does; else all matrices start
+            alike.
     """
     # The factor is 1/sqrt(2 n_layer), so a "depth" of 1/2 switches it off.
-    init_weights(model, model.config.n_layer if scaled else 0.5)
-    x = 0.02 * torch.randn(8, model.config.block_size, model.config.n_embd)  # as token embeddings are at the start
+    init_weights(model, model.config.n_layer if scaled else 0.5, model.config.n_embd)
+    x = torch.randn(8, model.config.block_size, model.config.n_embd) * model.wpe.weight.std()  # as tokens are at first
     x = x + model.wpe.weight
     stds = [x.std().item()]
     for block in model.blocks:
@@ -205,11 +205,11 @@ def main(config: Config) -> None:
         deep = Transformer(GPTConfig(n_layer=depth, n_embd=config.n_embd))
         for scaled in (False, True):
             stds = streams[depth, scaled] = stream_by_depth(deep, scaled)
-            label = f"L = {depth:2d}, " + (f"branch ends / sqrt({2 * depth})" if scaled else "all matrices 0.02")
+            label = f"L = {depth:2d}, " + (f"branch ends / sqrt({2 * depth})" if scaled else "all matrices alike")
             metrics[f"stream_{depth}_{'scaled' if scaled else 'unscaled'}"] = stds[-1]
             print(f"   {label:30} {stds[0]:6.4f} {stds[depth // 2]:9.4f} {stds[-1]:8.4f} {stds[-1] / stds[0]:6.2f}x")
 
-    init_weights(model, shape.n_layer)
+    init_weights(model, shape.n_layer, shape.n_embd)
     effect = last_token_effect(model, x)
     metrics["last_token_leak"] = effect[:-1].max().item()
     print("\n4. causality: the last of 48 inputs is replaced")

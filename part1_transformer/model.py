@@ -123,22 +123,26 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-def init_weights(model: nn.Module, n_layer: int) -> None:
+def init_weights(model: nn.Module, n_layer: int, n_embd: int) -> None:
     """Give every parameter of the model GPT-2's starting value, in place.
 
-    Matrices and embeddings are N(0, 0.02^2), biases zero, norms stay at the identity. The 2 * n_layer projections that
-    add to the residual stream are divided by sqrt(2 * n_layer), so that what they add up to does not grow with depth
-    (Radford et al. 2019, section 2.3).
+    Matrices and embeddings are N(0, std^2), biases zero, norms stay at the identity. std is GPT-2's 0.02 at GPT-2's
+    width of 768; a narrower model sums fewer terms, so it needs larger ones for sums of the same size: 0.02 sqrt(768
+    / C). The
+    2 * n_layer projections that add to the residual stream are divided by sqrt(2 * n_layer), so that what they add up
+    to does not grow with depth (Radford et al. 2019, section 2.3).
 
     Args:
         model: anything built from the classes above; its residual projections are the parameters named `proj`.
         n_layer: number of blocks.
+        n_embd: C.
     """
+    std = 0.02 * (768 / n_embd) ** 0.5
     for name, parameter in model.named_parameters():
         if name.endswith("proj.weight"):
-            nn.init.normal_(parameter, std=0.02 / (2 * n_layer) ** 0.5)
+            nn.init.normal_(parameter, std=std / (2 * n_layer) ** 0.5)
         elif parameter.dim() == 2:
-            nn.init.normal_(parameter, std=0.02)
+            nn.init.normal_(parameter, std=std)
         elif name.endswith("bias"):
             nn.init.zeros_(parameter)
 
@@ -156,7 +160,7 @@ class Transformer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
         self.norm = nn.LayerNorm(config.n_embd)
-        init_weights(self, config.n_layer)
+        init_weights(self, config.n_layer, config.n_embd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Contextualise a sequence of vectors.

@@ -47,7 +47,7 @@ class Config:
     """How many texts to write."""
     max_new_tokens: int = 600
     """Tokens to add at most; a text may end earlier."""
-    temperature: float = 0.8
+    temperature: float = 0.6
     """Scores are divided by it. 0: always the likeliest token."""
     top_k: int = 0
     """Draw from the k likeliest tokens. 0: from all."""

@@ -37,7 +37,7 @@ SCRIPTS = {
     "Cyrillic (Russian)": "Маленькая кошка нашла красный мяч под старым деревом. Она была рада.",
     "Han (Chinese)": "小猫在老树下找到了一个红球。它很高兴。",
 }
-CONTEXT = 256  # block_size of train.py: tokens that the model sees at once
+CONTEXT = 256  # tokens that a model sees at once, for comparison
 
 
 @dataclass

@@ -74,7 +74,7 @@ def first_loss(vocab_size: int, n_tokens: int, seed: int, scale: float = 1.0) ->
         vocab_size: V.
         n_tokens: tokens to predict, a multiple of 512.
         seed: of the weights and the tokens.
-        scale: factor on the token vectors, and so on the logits; 1 leaves GPT-2's initialisation.
+        scale: factor on the token vectors, and so on the logits; 1 leaves the initialisation as it is.
 
     Returns:
         Mean loss in nats, standard deviation of the logits, mean logit of the token that is the input itself.

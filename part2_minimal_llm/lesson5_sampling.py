@@ -71,7 +71,7 @@ def load_model(config: Config) -> tuple[GPT, ByteTokenizer]:
     path = config.checkpoint
     if config.smoke or not path.is_file():
         print(f"no {path.name} of train.py: training a small model for {config.train_steps} steps")
-        size = {"n_stories": 1000, "block_size": 64, "n_layer": 2, "n_head": 8, "n_embd": 96}
+        size = {"n_stories": 1000, "batch_size": 12, "block_size": 64, "n_layer": 2, "n_head": 8, "n_embd": 96}
         pace = {"steps": config.train_steps, "lr": 4e-3, "warmup_steps": 30, "eval_every": 300, "eval_tokens": 20_000}
         train.train(train.Config(**size, **pace, out=config.out / "model", device="cpu"))
         path = config.out / "model" / "best.pt"

@@ -64,7 +64,7 @@ def load_model(config: Config) -> tuple[GPT, ByteTokenizer]:
     path = config.checkpoint
     if config.smoke or not path.is_file():
         print(f"no {path.name} of train.py: training a small model for {config.train_steps} steps")
-        size = {"n_stories": 1000, "block_size": 64, "n_layer": 2, "n_head": 8, "n_embd": 96}
+        size = {"n_stories": 1000, "batch_size": 12, "block_size": 64, "n_layer": 2, "n_head": 8, "n_embd": 96}
         pace = {"steps": config.train_steps, "lr": 4e-3, "warmup_steps": 30, "eval_every": 300, "eval_tokens": 20_000}
         train.train(train.Config(**size, **pace, out=config.out / "model", device="cpu"))
         path = config.out / "model" / "best.pt"
@@ -125,12 +125,11 @@ def nats_by_place(model: GPT, tokens: torch.Tensor) -> tuple[torch.Tensor, torch
 
 
 def by_doubling(by_place: torch.Tensor) -> list[tuple[int, int, float]]:
-    """Average (T,) losses over places 1, 2 to 3, 4 to 7, ...: (first, last, mean) of each stretch."""
-    stretches, first = [], 1
+    """Average (T,) losses over the places 1, 2, 3 to 4, 5 to 8, ...: (first, last, mean) of each stretch."""
+    stretches, first, last = [], 1, 1
     while first <= len(by_place):
-        last = min(2 * first - 1, len(by_place))
         stretches.append((first, last, by_place[first - 1 : last].mean().item()))
-        first = last + 1
+        first, last = last + 1, min(2 * last, len(by_place))
     return stretches
 
 

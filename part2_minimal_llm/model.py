@@ -27,7 +27,7 @@ class GPTConfig:
 
     vocab_size: int = 257
     """V, number of tokens: 256 bytes and the end of the text."""
-    block_size: int = 256
+    block_size: int = 128
     """T at most: the longest sequence that the model can see, because each position has a learned vector."""
     n_layer: int = 4
     """Blocks in the stack."""
@@ -127,22 +127,26 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-def init_weights(model: nn.Module, n_layer: int) -> None:
+def init_weights(model: nn.Module, n_layer: int, n_embd: int) -> None:
     """Give every parameter of the model GPT-2's starting value, in place.
 
-    Matrices and embeddings are N(0, 0.02^2), biases zero, norms stay at the identity. The 2 * n_layer projections that
-    add to the residual stream are divided by sqrt(2 * n_layer), so that what they add up to does not grow with depth
-    (Radford et al. 2019, section 2.3).
+    Matrices and embeddings are N(0, std^2), biases zero, norms stay at the identity. std is GPT-2's 0.02 at GPT-2's
+    width of 768; a narrower model sums fewer terms, so it needs larger ones for sums of the same size: 0.02 sqrt(768
+    / C). The
+    2 * n_layer projections that add to the residual stream are divided by sqrt(2 * n_layer), so that what they add up
+    to does not grow with depth (Radford et al. 2019, section 2.3).
 
     Args:
         model: anything built from the classes above; its residual projections are the parameters named `proj`.
         n_layer: number of blocks.
+        n_embd: C.
     """
+    std = 0.02 * (768 / n_embd) ** 0.5
     for name, parameter in model.named_parameters():
         if name.endswith("proj.weight"):
-            nn.init.normal_(parameter, std=0.02 / (2 * n_layer) ** 0.5)
+            nn.init.normal_(parameter, std=std / (2 * n_layer) ** 0.5)
         elif parameter.dim() == 2:
-            nn.init.normal_(parameter, std=0.02)
+            nn.init.normal_(parameter, std=std)
         elif name.endswith("bias"):
             nn.init.zeros_(parameter)
 
@@ -162,7 +166,7 @@ class GPT(nn.Module):
         # One matrix reads tokens and writes them: a token that is often predicted where another one is also has a
         # similar vector as input. It saves V * C parameters and helps small models (Press & Wolf 2017).
         self.lm_head.weight = self.wte.weight
-        init_weights(self, config.n_layer)
+        init_weights(self, config.n_layer, config.n_embd)
 
     def forward(
         self, idx: torch.Tensor, targets: torch.Tensor | None = None

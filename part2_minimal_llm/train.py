@@ -185,7 +185,7 @@ def write_sample(model: GPT, tokenizer: ByteTokenizer, seed: int, length: int) -
     device = model.wte.weight.device
     idx = torch.tensor([[tokenizer.eot]], device=device)  # (1, 1)
     generator = torch.Generator(device).manual_seed(seed)
-    tokens = generate(model, idx, length, temperature=0.8, eot=tokenizer.eot, generator=generator)
+    tokens = generate(model, idx, length, temperature=0.6, eot=tokenizer.eot, generator=generator)
     text = printable(tokenizer.decode([token.item() for token in tokens]))
     model.train()
     return text

@@ -272,6 +272,24 @@ def test_colours_only_where_wanted() -> None:
     assert "\033" not in "".join(compare_parts.unified("m.py", ["a", "b"], {"m.py": "x"}, {"m.py": "y"}, color=False))
 
 
+@pytest.mark.parametrize(
+    ("terminal", "no_color", "painted"), [(True, "", True), (True, "1", False), (False, "", False)]
+)
+def test_colour_needs_a_terminal_that_wants_it(
+    terminal: bool,
+    no_color: str,
+    painted: bool,
+    parts: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    """Colour on a terminal, unless NO_COLOR is set; none in a pipe."""
+    monkeypatch.setenv("NO_COLOR", no_color)
+    monkeypatch.setattr(compare_parts.sys.stdout, "isatty", lambda: terminal)
+    compare_parts.run(compare_parts.Config(root=parts))
+    assert ("\033" in capsys.readouterr().out) == painted
+
+
 class Page(HTMLParser):
     """Collects what a page loads or links to, its open tags, and its text."""
 
@@ -310,7 +328,8 @@ def test_html_is_self_contained(parts: Path) -> None:
     text = "".join(page.words)
     assert "return x + 1" in text
     assert "return x + 22 < 3" in text
-    assert "x + 22 < 3" not in source  # the sign is escaped
+    assert "< 3" not in source  # the sign is escaped
+    assert compare_parts.mark("a < b + c", "a < b + d") == ("a &lt; b + <b>c</b>", "a &lt; b + <b>d</b>")
 
 
 @pytest.mark.parametrize(

@@ -172,13 +172,13 @@ def test_loss_starts_at_ln_v(n_embd: int) -> None:
 
 
 def test_initialisation() -> None:
-    """0.02 for matrices and embeddings, less for what adds to the residual stream, zero for biases."""
-    gpt = GPT(GPTConfig(n_layer=8, n_embd=256))
+    """0.02 sqrt(768 / C) for matrices and embeddings, less for what adds to the residual stream, zero for biases."""
+    gpt = GPT(GPTConfig(n_layer=8, n_embd=192))  # 0.02 at C = 768, so 0.04 at 192
     for name, parameter in gpt.named_parameters():
         if parameter.dim() == 1:
             assert (parameter == (1.0 if "norm" in name and "weight" in name else 0.0)).all(), name
         else:
-            std = 0.02 / 4 if name.endswith("proj.weight") else 0.02  # 2 x 8 projections, sqrt(16) = 4
+            std = 0.04 / 4 if name.endswith("proj.weight") else 0.04  # 2 x 8 projections, sqrt(16) = 4
             assert parameter.std().item() == pytest.approx(std, rel=0.05), name
             assert abs(parameter.mean().item()) < std / 20, name
 
@@ -1279,7 +1279,7 @@ def test_any_terminal_will_do(checkpoint: Path) -> None:
     """A prompt of other bytes than UTF-8 is read, and what a terminal cannot show is replaced: no traceback."""
     command = [sys.executable, PART / "generate.py", "--checkpoint", checkpoint, "--max_new_tokens", "9", "--prompt"]
     variables = os.environ | {"PYTHONIOENCODING": "ascii:strict"}
-    result = subprocess.run([*command, b"B\xe4r"], capture_output=True, timeout=60, check=False, env=variables)
+    result = subprocess.run([*command, b"B\xe4r"], capture_output=True, timeout=120, check=False, env=variables)
     assert result.returncode == 0, result.stderr[-2000:]
     assert result.stdout.startswith(b"B")
 
