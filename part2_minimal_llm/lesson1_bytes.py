@@ -5,7 +5,7 @@ bytes, and a byte is a number below 256. So the bytes themselves can be the toke
 unknown, and what went in comes out, even from a file that is broken. The price: texts are long, and some scripts pay
 two or three tokens for a character.
 
-    python part2_minimal_llm/lesson1_bytes.py     # 3 seconds; a table of characters and bytes, and a figure
+    python part2_minimal_llm/lesson1_bytes.py     # 2 seconds; a table of characters and bytes, and a figure
 
 You should see UTF-8 built by hand agree with our tokenizer on every character there is, a text that survives the round
 trip, half a character wait for its other half, and what one and the same story costs in three scripts.

@@ -4,7 +4,7 @@ A language model is trained on one question: which token comes next? A text of N
 their answers, and nobody has to write the answers down, because they are the text itself, shifted by one. All documents
 are laid end to end in one row, and a batch is B windows cut from random places of it.
 
-    python part2_minimal_llm/lesson2_batches.py     # 4 seconds; two aligned rows, a batch, and a figure
+    python part2_minimal_llm/lesson2_batches.py     # 3 seconds; two aligned rows, a batch, and a figure
 
 You should see each input token stand above its target, a batch built by a plain loop that equals data.get_batch, where
 windows begin, and what a target of -100 does.

@@ -5,7 +5,7 @@ every time, and a weak model walks in circles. Drawing from all tokens now and t
 thinks wrong, and there are hundreds of those. Temperature, top-k and top-p are three ways to draw, but less often from
 the tail.
 
-    python part2_minimal_llm/lesson5_sampling.py     # 15 seconds; a distribution six ways, six texts, a figure
+    python part2_minimal_llm/lesson5_sampling.py     # 20 seconds at most; a distribution six ways, six texts, a figure
 
 You should see a filter written as a plain loop agree with generate.filter_logits, how many tokens each setting keeps,
 and how much each one repeats itself. It uses the model of train.py, or trains a small one first if there is none.
@@ -26,7 +26,7 @@ import torch
 import tyro
 
 import train
-from generate import filter_logits, generate, load_checkpoint
+from generate import filter_logits, generate, load_checkpoint, printable
 from model import GPT
 from tokenizer import ByteTokenizer
 
@@ -56,7 +56,7 @@ class Config:
     """B, texts to write with each setting."""
     length: int = 160
     """Tokens to write in each."""
-    train_steps: int = 600
+    train_steps: int = 400
     """Steps of the small model."""
     seed: int = 0
     """Seed of the draws."""
@@ -72,7 +72,7 @@ def load_model(config: Config) -> tuple[GPT, ByteTokenizer]:
     if config.smoke or not path.is_file():
         print(f"no {path.name} of train.py: training a small model for {config.train_steps} steps")
         size = {"n_stories": 1000, "batch_size": 12, "block_size": 64, "n_layer": 2, "n_head": 8, "n_embd": 96}
-        pace = {"steps": config.train_steps, "lr": 4e-3, "warmup_steps": 30, "eval_every": 300, "eval_tokens": 20_000}
+        pace = {"steps": config.train_steps, "lr": 4e-3, "warmup_steps": 30, "eval_every": 400, "eval_tokens": 20_000}
         train.train(train.Config(**size, **pace, out=config.out / "model", device="cpu"))
         path = config.out / "model" / "best.pt"
     return load_checkpoint(path, torch.device("cpu"))
@@ -110,9 +110,8 @@ def largest_difference(logits: torch.Tensor) -> float:
 
 
 def readable(tokens: list[int], tokenizer: ByteTokenizer) -> str:
-    """Show tokens as text, the end token as <e>, and what would move the cursor of a terminal as U+FFFD."""
-    shown = "".join("<e>" if i == tokenizer.eot else tokenizer.decode([i]) for i in tokens)
-    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in shown)
+    """Show tokens as text, the end token as <e>."""
+    return printable("".join("<e>" if i == tokenizer.eot else tokenizer.decode([i]) for i in tokens))
 
 
 def repeated(texts: list[str], n: int = 10) -> float:

@@ -5,7 +5,7 @@ model and by two models that only count, which tell what a number is worth: byte
 frequency after the byte before. It also shows why bits per byte, and not the loss, compares models whose tokens are of
 different sizes, and that a model knows more the more it has read.
 
-    python part2_minimal_llm/lesson6_evaluation.py     # 15 seconds; a table of models and texts, a figure
+    python part2_minimal_llm/lesson6_evaluation.py     # 20 seconds at most; a table of models and texts, a figure
 
 You should see the same order of models on every text of their kind, the order fall apart on text of another kind, a
 count of two-byte tokens with a higher loss and fewer bits, and the loss fall along the window. It uses the model of
@@ -49,7 +49,7 @@ class Config:
     """Stories that the counting models count."""
     tokens: int = 40_000
     """Tokens of each text that are scored."""
-    train_steps: int = 600
+    train_steps: int = 400
     """Steps of the small model."""
     seed: int = 0
     """Seed of the shuffled texts."""
@@ -65,7 +65,7 @@ def load_model(config: Config) -> tuple[GPT, ByteTokenizer]:
     if config.smoke or not path.is_file():
         print(f"no {path.name} of train.py: training a small model for {config.train_steps} steps")
         size = {"n_stories": 1000, "batch_size": 12, "block_size": 64, "n_layer": 2, "n_head": 8, "n_embd": 96}
-        pace = {"steps": config.train_steps, "lr": 4e-3, "warmup_steps": 30, "eval_every": 300, "eval_tokens": 20_000}
+        pace = {"steps": config.train_steps, "lr": 4e-3, "warmup_steps": 30, "eval_every": 400, "eval_tokens": 20_000}
         train.train(train.Config(**size, **pace, out=config.out / "model", device="cpu"))
         path = config.out / "model" / "best.pt"
     return load_checkpoint(path, torch.device("cpu"))

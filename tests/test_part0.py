@@ -25,16 +25,25 @@ SCRIPT = "part0_foundations/compare_parts.py"
 
 @pytest.fixture(scope="module")
 def stories() -> list[dict[str, float]]:
-    """The numbers of three seeds, at the lesson's own settings: about 20 seconds."""
+    """The numbers of three seeds, at the lesson's own settings: about 15 seconds."""
     return [pipeline.story(pipeline.Config(), seed)[0] for seed in range(3)]
 
 
 def test_pretraining_reaches_the_counted_optimum(stories: list[dict[str, float]]) -> None:
-    """The first loss is ln V, the last that of the counted table; the text itself is lower, since it has memory."""
+    """The first loss is ln V, the last that of the counted table."""
     for story in stories:
         assert story["pretrain_loss_before"] == pytest.approx(math.log(pipeline.V), abs=1e-5)
-        assert story["pretrain_loss_after"] == pytest.approx(story["pretrain_loss_counted"], abs=0.005)
-        assert story["pretrain_loss_of_the_text"] < story["pretrain_loss_counted"] - 0.1
+        assert story["pretrain_loss_after"] == pytest.approx(story["pretrain_loss_counted"], abs=0.003)
+        assert story["pretrain_loss_counted"] < 1.4
+
+
+def test_counted_loss_is_the_entropy_of_the_grammar(stories: list[dict[str, float]]) -> None:
+    """A sentence's choices, but for the pronoun, are all that a table must pay for; it loses by what it forgets."""
+    # ln of the number of ways: name, verb, article, 0 to 2 adjectives, noun, clause or not, adjective of the clause
+    nats = 3 * math.log(4) + math.log(2) + math.log(3) + math.log(4) + math.log(2) + 0.5 * math.log(4)
+    words = 1 + 1 + 1 + 1 + 1 + 0.5 * 4 + 1
+    for story in stories:
+        assert nats / words + 0.1 < story["pretrain_loss_counted"] < nats / words + 0.3
 
 
 def test_instructions_are_learned_and_the_mask_helps(stories: list[dict[str, float]]) -> None:
@@ -47,27 +56,34 @@ def test_instructions_are_learned_and_the_mask_helps(stories: list[dict[str, flo
 
 
 def test_reward_model_learns_below_the_ceiling(stories: list[dict[str, float]]) -> None:
-    """Half right before; after, better, and never better than the reader is with itself."""
+    """Half right before; after, better, and not better than the reader's own score, but for chance."""
     for story in stories:
-        assert story["reward_pair_accuracy_before"] == 0.5
-        assert 0.6 < story["reward_pair_accuracy_after"] < story["reward_pair_accuracy_ceiling"]
+        assert story["reward_accuracy_before"] == 0.5
+        assert 0.6 < story["reward_accuracy_after"] < story["reward_accuracy_ceiling"] + 0.01
+        assert 0.64 < story["reward_accuracy_ceiling"] < 0.7
 
 
 def test_policy_gradient_raises_both_scores_on_the_leash(stories: list[dict[str, float]]) -> None:
-    """The objective rises nearly to the optimum that is computed without gradients, and never beyond sampling error."""
+    """What the leash costs is earned back, the true score rises too, and the model stays near."""
+    beta = pipeline.Config().beta
     for story in stories:
-        gain = story["rl_objective_after"] - story["rl_objective_before"]
-        assert 0.7 < gain / (story["rl_objective_best"] - story["rl_objective_before"]) < 1.3
-        assert story["rl_reward_after"] > story["rl_reward_before"] + 0.15
+        assert story["rl_kl_before"] == 0
+        assert 0.2 < story["rl_kl_after"] < 1
+        assert story["rl_reward_after"] - beta * story["rl_kl_after"] > story["rl_reward_before"] + 0.15
         assert story["rl_true_after"] > story["rl_true_before"] + 0.15
-        assert 0 < story["rl_kl_tight"] < story["rl_kl_after"] < story["rl_kl_loose"] < story["rl_kl_cut"]
 
 
 def test_cutting_the_leash_hacks_the_reward(stories: list[dict[str, float]]) -> None:
     """The reward model is delighted, and the reader is not."""
     for story in stories:
+        assert story["rl_kl_cut"] > story["rl_kl_after"] + 10
         assert story["rl_reward_cut"] > story["rl_reward_after"] + 3
         assert story["rl_true_cut"] < story["rl_true_before"] - 5
+
+
+def words_to_ids(text: str) -> torch.Tensor:
+    """Words -> (T,)."""
+    return torch.tensor([pipeline.ID[word] for word in text.split()])
 
 
 @pytest.mark.parametrize(
@@ -76,22 +92,26 @@ def test_cutting_the_leash_hacks_the_reward(stories: list[dict[str, float]]) -> 
         ("mia saw the happy dog .", 4),
         ("mia saw the dog .", 2),
         ("tom hugged a happy old cat and he was happy .", 3),
-        ("mia saw the happy .", 2),
+        ("mia saw the dog . tom saw the dog .", 0),
+        ("mia . saw the happy dog", 2),
         ("happy happy happy", 0),
         ("mia saw the dog", 0),
+        ("", 0),
     ],
 )
 def test_true_score_by_hand(text: str, score: float) -> None:
-    """Two for a sentence, two for one happy word, one less for each further."""
-    assert pipeline.true_score(pipeline.encode([*text.split(), "<end>", "<end>"])) == score
+    """Two for one sentence that ends, two for one happy word, one less for each further; rows do not mix."""
+    ids = words_to_ids(text + " <end>" * (16 - len(text.split())))
+    other = words_to_ids("happy " * 16)
+    assert pipeline.true_score(torch.stack([ids, other])).tolist() == [score, 2 - 15]
 
 
 def test_bigram_loss_and_probability_by_hand() -> None:
     """log_prob adds what next_token_loss averages, stops at the first <end>, and -100 does not count."""
     table = torch.randn(pipeline.V, pipeline.V)
-    ids = pipeline.encode(["mia", "saw", "<end>", "<end>"])[None]  # (1, 4)
-    start, mask = pipeline.encode(["MIA"]), torch.tensor([[1.0, 1.0, 1.0, 0.0]])
-    path = [pipeline.ID[word] for word in ("MIA", "mia", "saw", "<end>")]
+    ids = words_to_ids("mia saw <end> <end>")[None]  # (1, 4)
+    start, mask = words_to_ids("MIA"), torch.tensor([[1.0, 1.0, 1.0, 0.0]])
+    path = words_to_ids("MIA mia saw <end>").tolist()
     by_hand = sum((table[i].exp()[j] / table[i].exp().sum()).log() for i, j in itertools.pairwise(path))
     assert pipeline.log_prob(table, start, ids, mask).item() == pytest.approx(by_hand.item(), abs=1e-5)
     x, y = torch.tensor([path]), torch.tensor([[*path[1:], pipeline.IGNORE]])
@@ -107,36 +127,68 @@ def test_samples_stop_at_the_first_end() -> None:
         assert set(row[end + 1 :]) <= {pipeline.END}
 
 
+def test_samples_follow_the_table() -> None:
+    """The second word is drawn from the row of the first: here every word is followed by the next of the vocabulary."""
+    table = torch.full((pipeline.V, pipeline.V), -1e9)
+    table[torch.arange(pipeline.V - 1), torch.arange(1, pipeline.V)] = 0.0
+    ids, mask = pipeline.sample(table, torch.tensor([0, pipeline.V - 4]))
+    assert ids[0].tolist() == list(range(1, pipeline.MAX_NEW + 1))
+    assert ids[1, :4].tolist() == [pipeline.V - 3, pipeline.V - 2, pipeline.V - 1, pipeline.END]
+    assert mask.sum(dim=1).tolist() == [pipeline.MAX_NEW, 3]
+
+
 def test_instruction_masks_cover_the_prompt_only() -> None:
     """Masked targets are the response with <end>; unmasked ones the whole row, shifted by one."""
     x, y, masked = pipeline.instructions(pipeline.random.Random(0), 20)
     for inputs, targets, answers in zip(x, y, masked, strict=True):
-        real = targets != pipeline.IGNORE
-        assert torch.equal(inputs[1:][real[:-1][: len(inputs) - 1]][: real.sum() - 1], targets[: real.sum() - 1])
+        n = int((targets != pipeline.IGNORE).sum())
+        assert torch.equal(inputs[1:n], targets[: n - 1])
         assert (answers[:5] == pipeline.IGNORE).all()  # tell the old dog about MIA: five targets lie in the prompt
         assert torch.equal(answers[5:], targets[5:])
-        assert targets[real][-1] == pipeline.END
+        assert targets[n - 1] == pipeline.END
+        assert (targets[n:] == pipeline.IGNORE).all()
         assert pipeline.VOCAB[targets[4]].lower() == pipeline.VOCAB[answers[5]]
 
 
-def test_text_entropy_is_the_log_of_the_choices() -> None:
-    """A sentence's surprise is minus the log of the product of its choices."""
-    for seed in range(20):
-        words, nats = pipeline.write_sentence(pipeline.random.Random(seed))
-        clause = "and" in words
-        adjectives = len(words) - 5 - 4 * clause
-        assert nats == pytest.approx(math.log(4 * 4 * 2 * 3 * 4**adjectives * 4 * 2 * 4**clause))
+def test_preferences_are_bradley_terry() -> None:
+    """A gap of g: the better one is chosen with probability sigmoid(g); words and scores have the same sign."""
+    torch.manual_seed(0)
+    table = torch.full((pipeline.V, pipeline.V), -1e9)
+    table[:, pipeline.END] = 0.0
+    happy, small = pipeline.ID["happy"], pipeline.ID["small"]
+    for start in ("MIA", "ADA", "TOM", "BEN"):  # says one word, happy (+2) or small (0), and ends
+        table[pipeline.ID[start]] = -1e9
+        table[pipeline.ID[start], [happy, small]] = 0.0
+    words, margin = pipeline.preferences(table, 8000)
+    differs = margin != 0
+    assert torch.equal(margin, 2 * words[:, happy])  # words chosen minus words rejected
+    assert torch.equal(words[:, small], -words[:, happy])
+    assert differs.float().mean().item() == pytest.approx(0.5, abs=0.03)
+    assert (margin[differs] > 0).float().mean().item() == pytest.approx(1 / (1 + math.exp(-2)), abs=0.02)
+    loss = pipeline.reward_loss(torch.zeros(pipeline.V), words).item()
+    assert loss == pytest.approx(math.log(2), abs=1e-6)
 
 
-def test_best_objective_is_the_soft_maximum() -> None:
-    """A reference that ends at once with p, or stays, checks the backward recursion against all paths written out."""
-    beta, weight = 0.5, torch.zeros(pipeline.V)
-    weight[pipeline.ID["happy"]] = 0.3
-    reference = torch.full((pipeline.V, pipeline.V), -1e9)
-    reference[:, pipeline.END], reference[:, pipeline.ID["happy"]] = math.log(0.25), math.log(0.75)
-    n = pipeline.MAX_NEW
-    z = sum(0.25 * (0.75 * math.exp(0.3 / beta)) ** k for k in range(n)) + (0.75 * math.exp(0.3 / beta)) ** n
-    assert pipeline.best_objective(reference, weight, beta) == pytest.approx(beta * math.log(z), rel=1e-5)
+def test_policy_loss_has_the_gradient_of_the_objective() -> None:
+    """One word, happy or not, then the end: the gradient is that of reward - beta KL, which is known in closed form."""
+    torch.manual_seed(0)
+    happy, small, beta = pipeline.ID["happy"], pipeline.ID["small"], 0.7
+    sft = torch.full((pipeline.V, pipeline.V), -1e9)
+    sft[:, pipeline.END] = 0.0
+    sft[pipeline.ID["MIA"] : pipeline.ID["MIA"] + 4, pipeline.END] = -1e9
+    sft[pipeline.ID["MIA"] : pipeline.ID["MIA"] + 4, [happy, small]] = 0.0
+    table, weight = sft.clone(), torch.zeros(pipeline.V)
+    table[pipeline.ID["MIA"] : pipeline.ID["MIA"] + 4, happy] = 1.0
+    weight[happy] = 2.0
+    table.requires_grad_()
+    got = sum(
+        torch.autograd.grad(pipeline.policy_loss(table, sft, weight, beta), table)[0][:, happy].sum()
+        for _ in range(400)
+    )
+    logits = torch.tensor([1.0, 0.0], requires_grad=True)
+    p = logits.softmax(dim=0)
+    (2.0 * p[0] - beta * (p * (p / 0.5).log()).sum()).backward()
+    assert got.item() / 400 == pytest.approx(-logits.grad[0].item(), rel=0.05)
 
 
 # --- lesson 2: the environment ---
@@ -185,7 +237,7 @@ def test_pipeline_smoke_leaves_its_files(tmp_path: Path) -> None:
     result = run_script("part0_foundations/lesson1_pipeline.py", "--smoke", env={"TMPDIR": str(tmp_path)})
     assert result.returncode == 0, result.stderr
     metrics = json.loads(next(tmp_path.rglob("metrics.json")).read_text())
-    assert {"rl_true_after", "rl_true_after_seed0", "rl_true_after_seed1", "sft_obeys_after"} <= metrics.keys()
+    assert {"rl_true_after", "rl_true_after_seed0", "rl_true_after_seed2", "sft_obeys_after"} <= metrics.keys()
     assert next(tmp_path.rglob("pipeline.png")).stat().st_size > 10_000
 
 
