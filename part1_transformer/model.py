@@ -127,10 +127,9 @@ def init_weights(model: nn.Module, n_layer: int, n_embd: int) -> None:
     """Give every parameter of the model GPT-2's starting value, in place.
 
     Matrices and embeddings are N(0, std^2), biases zero, norms stay at the identity. std is GPT-2's 0.02 at GPT-2's
-    width of 768; a narrower model sums fewer terms, so it needs larger ones for sums of the same size: 0.02 sqrt(768
-    / C). The
-    2 * n_layer projections that add to the residual stream are divided by sqrt(2 * n_layer), so that what they add up
-    to does not grow with depth (Radford et al. 2019, section 2.3).
+    width of 768; a narrower model sums fewer terms, so it needs larger ones for sums of the same size: std = 0.02
+    sqrt(768 / C). The 2 * n_layer projections that add to the residual stream are divided by sqrt(2 * n_layer), so
+    that what they add up to does not grow with depth (Radford et al. 2019, section 2.3).
 
     Args:
         model: anything built from the classes above; its residual projections are the parameters named `proj`.

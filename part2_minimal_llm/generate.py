@@ -77,10 +77,10 @@ def filter_logits(logits: torch.Tensor, temperature: float = 1.0, top_k: int = 0
         (B, V) scores with -inf where a token is cut; at least one token of each row stays.
 
     Raises:
-        UserError: temperature below 0, top_k below 0, or top_p outside (0, 1].
+        UserError: temperature that is not 0 or more, top_k below 0, or top_p outside (0, 1].
     """
-    if temperature < 0:
-        raise UserError(f"--temperature {temperature} is below 0; 0 takes the likeliest token, 1 changes nothing")
+    if not temperature >= 0:
+        raise UserError(f"--temperature {temperature} is not 0 or more; 0 takes the likeliest token, 1 changes nothing")
     if top_k < 0:
         raise UserError(f"--top_k {top_k} is below 0; 0 keeps all tokens")
     if not 0 < top_p <= 1:
@@ -95,8 +95,7 @@ def filter_logits(logits: torch.Tensor, temperature: float = 1.0, top_k: int = 0
     if top_p < 1:
         ordered, index = logits.sort(dim=-1, descending=True)  # (B, V) each
         probs = ordered.softmax(dim=-1)
-        # A token goes if those before it reach p already; so the first always stays, and so does the one that crosses
-        # p.
+        # A token goes if those before it reach p already: the first always stays, and so does the one that crosses p.
         cut = probs.cumsum(dim=-1) - probs >= top_p
         logits = logits.masked_fill(cut.gather(-1, index.argsort(dim=-1)), -torch.inf)
     return logits
@@ -201,7 +200,8 @@ def load_checkpoint(path: Path, device: torch.device) -> tuple[GPT, ByteTokenize
     if unknown:
         raise UserError(f"{path}: a model of another architecture; it differs in {', '.join(sorted(unknown))}")
     model = GPT(GPTConfig(**settings)).to(device)
-    differing = weights.keys() ^ model.state_dict().keys()
+    theirs, ours = ({(name, tensor.shape) for name, tensor in state.items()} for state in (weights, model.state_dict()))
+    differing = {name for name, _ in theirs ^ ours}
     if differing:
         raise UserError(f"{path}: a model of another architecture; it differs in {', '.join(sorted(differing)[:3])}")
     model.load_state_dict(weights)
@@ -213,6 +213,7 @@ def load_checkpoint(path: Path, device: torch.device) -> tuple[GPT, ByteTokenize
 
 def main(config: Config) -> None:
     """Load a model and stream its samples to the terminal."""
+    sys.stdout.reconfigure(errors="replace")  # a model may write what a terminal cannot show
     device = pick_device(config.device)
     # A wrong setting should not wait for a model to load.
     filter_logits(torch.zeros(1, 2), config.temperature, config.top_k, config.top_p)
@@ -236,8 +237,7 @@ def main(config: Config) -> None:
     for sample in range(config.samples):
         if sample > 0:
             print("\n---")
-        # The end token begins a document as well: in training, the token before every first one was the end of the
-        # last.
+        # The end token begins a document as well: in training, it stood before the first token of each.
         idx = torch.tensor([prompt or [tokenizer.eot]], device=device)  # (1, T)
         # A character may be several tokens long: the decoder waits until it is whole.
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -263,3 +263,6 @@ if __name__ == "__main__":
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:  # how to stop a long text
+        print()
+        sys.exit(130)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import tiktoken
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from data import UserError
@@ -104,12 +105,19 @@ NAMES = {
     "c_proj": "proj",
     "c_fc": "fc",
 }
+# Our settings and theirs.
+SHAPE = {
+    "vocab_size": "vocab_size",
+    "block_size": "n_positions",
+    "n_layer": "n_layer",
+    "n_head": "n_head",
+    "n_embd": "n_embd",
+}
 # What a GPT-2 may set and we do not have, with the value that we do have.
 FIXED = {
     "model_type": "gpt2",
     "activation_function": "gelu_new",
     "layer_norm_epsilon": 1e-5,
-    "n_inner": None,
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
     "tie_word_embeddings": True,
@@ -135,7 +143,11 @@ def load_weights(folder: Path) -> dict[str, torch.Tensor]:
         raise UserError(f"{folder}: no *.safetensors in it; download the model's weights in that format")
     weights = {}
     for file in files:
-        for theirs, tensor in load_file(file).items():
+        try:
+            tensors = load_file(file)
+        except SafetensorError as error:
+            raise UserError(f"{file}: not a whole safetensors file ({error}); download it again") from error
+        for theirs, tensor in tensors.items():
             if theirs.endswith((".attn.bias", ".attn.masked_bias")):
                 continue  # the causal mask, which older files carry; ours is made on the fly
             # GPT-2 was written with x @ W + b, W (in, out); nn.Linear computes x @ W.T + b with W (out, in).
@@ -159,17 +171,19 @@ def load_pretrained(folder: Path) -> tuple[GPT, GPT2Tokenizer]:
     """
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no config.json in it; give the folder of a GPT-2 in Hugging Face's format")
-    theirs = json.loads((folder / "config.json").read_text())
+    try:
+        theirs = json.loads((folder / "config.json").read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{folder / 'config.json'}: not valid JSON ({error}); download it again") from error
     for name, value in FIXED.items():
         if theirs.get(name, value) != value:
             raise UserError(f"{folder}: {name} = {theirs[name]!r} is not implemented here, only {value!r}")
-    config = GPTConfig(
-        vocab_size=theirs["vocab_size"],
-        block_size=theirs["n_positions"],
-        n_layer=theirs["n_layer"],
-        n_head=theirs["n_head"],
-        n_embd=theirs["n_embd"],
-    )
+    try:
+        config = GPTConfig(**{ours: theirs[name] for ours, name in SHAPE.items()})
+    except KeyError as error:
+        raise UserError(f"{folder / 'config.json'}: no {error} in it; give the folder of a GPT-2") from error
+    if theirs.get("n_inner") not in (None, 4 * config.n_embd):
+        raise UserError(f"{folder}: n_inner = {theirs['n_inner']} is not implemented here, only 4 * n_embd")
     model = GPT(config)
     try:
         model.load_state_dict(load_weights(folder))

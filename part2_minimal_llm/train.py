@@ -47,7 +47,7 @@ class Config:
     data: str = "stories"
     """stories, pydoc, or the path of a text file."""
     n_stories: int = 10_000
-    """Documents to generate for --data stories; a fiftieth as many are held out."""
+    """Documents to generate for --data stories; a twentieth as many are held out."""
     out: Path = RUNS
     """Folder for the checkpoints, the learning curve and metrics.json."""
     steps: int = 4500
@@ -121,7 +121,7 @@ def evaluate(model: GPT, tokens: torch.Tensor, tokenizer: ByteTokenizer, batch_s
     n_bytes = torch.tensor(tokenizer.byte_lengths())[targets].sum().item()
     return {
         "val_loss": nats / n_targets,
-        "perplexity": math.exp(nats / n_targets),
+        "perplexity": math.exp(min(nats / n_targets, 700.0)),  # exp(710) is more than a float holds
         "bits_per_byte": nats / math.log(2) / n_bytes,
     }
 
@@ -145,7 +145,7 @@ def make_optimizer(model: GPT, config: Config) -> torch.optim.AdamW:
 
 def learning_rate(step: int, config: Config) -> float:
     """Rise linearly for warmup_steps, then fall along half a cosine to a tenth of lr at the last step."""
-    warmup = min(1.0, (step + 1) / config.warmup_steps)
+    warmup = min(1.0, (step + 1) / max(config.warmup_steps, 1))
     progress = step / config.steps  # in [0, 1)
     return config.lr * warmup * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
 
@@ -207,12 +207,38 @@ def plot_learning_curve(path: Path, train_losses: list[float], val_losses: list[
 # --- the loop ---
 
 
+def check_settings(config: Config) -> None:
+    """Refuse settings with which no training is possible.
+
+    Raises:
+        UserError: it names the flag, its value and what to give instead.
+    """
+    for name in ("n_stories", "batch_size", "block_size", "n_layer", "n_head", "n_embd", "eval_every"):
+        if getattr(config, name) < 1:
+            raise UserError(f"--{name} {getattr(config, name)} is below 1; give at least 1")
+    for name in ("steps", "warmup_steps"):
+        if getattr(config, name) < 0:
+            raise UserError(f"--{name} {getattr(config, name)} is below 0; give 0 or more")
+    if config.n_embd % config.n_head != 0:
+        raise UserError(f"--n_embd {config.n_embd} is not a multiple of --n_head {config.n_head}; give one that is")
+    if config.eval_tokens <= config.block_size:
+        raise UserError(f"--eval_tokens {config.eval_tokens} fills no window; give more than {config.block_size}")
+    if not 0 <= config.dropout < 1:
+        raise UserError(f"--dropout {config.dropout} is outside [0, 1); 0 drops nothing")
+    if config.out.exists() and not config.out.is_dir():
+        raise UserError(f"--out {config.out} is a file; give a folder")
+
+
 def train(config: Config) -> dict[str, float]:
     """Train a model and leave checkpoints, a learning curve and metrics in config.out.
 
     Returns:
         The metrics that are also written to metrics.json.
+
+    Raises:
+        UserError: a setting with which no training is possible, or a loss that is no number any more.
     """
+    check_settings(config)
     torch.manual_seed(config.seed)
     torch.set_flush_denormal(True)  # on CPUs, numbers near zero are otherwise slow
     device = pick_device(config.device)
@@ -240,6 +266,8 @@ def train(config: Config) -> dict[str, float]:
     for step in bar:
         if step % config.eval_every == 0 or step == config.steps:
             scores = evaluate(model, val_tokens, tokenizer)
+            if not math.isfinite(scores["val_loss"]):
+                raise UserError(f"the loss is {scores['val_loss']} at step {step}: try an --lr below {config.lr}")
             val_losses.append((step, scores["val_loss"]))
             tqdm.write(
                 f"step {step:5d}: held-out loss {scores['val_loss']:.4f} nats per token, "
@@ -268,7 +296,7 @@ def train(config: Config) -> dict[str, float]:
     metrics = {
         **best,
         "val_loss_last": val_losses[-1][1],
-        "tokens_per_second": config.steps * tokens_per_step / train_seconds,
+        "tokens_per_second": config.steps * tokens_per_step / max(train_seconds, 1e-9),
         "seconds": time.perf_counter() - started,
         "parameters": model.num_parameters(),
     }
@@ -298,5 +326,5 @@ if __name__ == "__main__":
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted: latest.pt and best.pt are those of the last evaluation", file=sys.stderr)
+        print("interrupted: the checkpoints that were saved before are whole", file=sys.stderr)
         sys.exit(130)
