@@ -1023,9 +1023,9 @@ def test_interrupted_run_says_what_it_leaves(running: subprocess.Popen, tmp_path
     """Ctrl-C: one line, no traceback, and both checkpoints can be loaded."""
     time.sleep(random.Random(1).uniform(0, 0.3))
     running.send_signal(signal.SIGINT)
-    _, stderr = running.communicate(timeout=30)
+    _, stderr = running.communicate(timeout=120)
     assert running.returncode == 130
-    assert "interrupted: latest.pt and best.pt" in stderr
+    assert "interrupted: the checkpoints" in stderr
     assert "Traceback" not in stderr
     for name in ("latest.pt", "best.pt"):
         generate.load_checkpoint(tmp_path / name, torch.device("cpu"))
