@@ -1173,7 +1173,7 @@ def test_short_text(tmp_path: Path, checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     ("flag", "value", "shown"),
     [
-        ("temperature", "-0.5", "-0.5 is below 0; 0 takes the likeliest"),
+        ("temperature", "-0.5", "-0.5 is not 0 or more; 0 takes the likeliest"),
         ("temperature", "nan", "nan"),
         ("top_p", "0", "0.0 is outside (0, 1]; 1 keeps all"),
         ("top_p", "1.5", "1.5 is outside (0, 1]; 1 keeps all"),
