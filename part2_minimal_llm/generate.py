@@ -47,7 +47,7 @@ class Config:
     """How many texts to write."""
     max_new_tokens: int = 600
     """Tokens to add at most; a text may end earlier."""
-    temperature: float = 0.6
+    temperature: float = 0.3
     """Scores are divided by it. 0: always the likeliest token."""
     top_k: int = 0
     """Draw from the k likeliest tokens. 0: from all."""
@@ -176,7 +176,7 @@ def find_checkpoint(path: Path, smoke: bool) -> Path:
     if not path.is_file():
         if path != RUNS / "best.pt" and not smoke:
             raise UserError(f"--checkpoint {path}: no such file; train one with python {PART.name}/train.py")
-        print(f"{path} not found: training it now with python {PART.name}/train.py (about 2 minutes)", flush=True)
+        print(f"{path} not found: training it now with python {PART.name}/train.py (about 2.5 minutes)", flush=True)
         if subprocess.run(command).returncode != 0:
             raise UserError(f"training failed; run python {PART.name}/train.py to see why")
     return path
