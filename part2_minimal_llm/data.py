@@ -40,7 +40,7 @@ def read_file(path: Path) -> str:
 
 
 def python_reference() -> str:
-    """The reference of the Python language as it ships inside CPython: real English, offline, about 400 kB.
+    """The reference of the Python language as it ships inside CPython: real English, offline, 370 kB.
 
     Its topics quote each other, so a paragraph that has been seen before is left out: else held-out text would be
     known.

@@ -1,9 +1,9 @@
 """Lesson 2.5: choosing a token from a distribution.
 
 The model gives probabilities; something has to pick. Always taking the likeliest token (greedy) writes the same text
-every time, and a weak model walks in circles. Drawing from all tokens now and then takes one that the model itself
-thinks wrong, and there are hundreds of those. Temperature, top-k and top-p are three ways to draw, but less often from
-the tail.
+every time, and where the model is unsure it walks in circles. Drawing from all tokens now and then takes one that the
+model itself thinks wrong, and there are hundreds of those. Temperature, top-k and top-p are three ways to draw, but
+less often from the tail.
 
     python part2_minimal_llm/lesson5_sampling.py     # 20 seconds at most; a distribution six ways, six texts, a figure
 
@@ -16,6 +16,7 @@ Curious Case of Neural Text Degeneration", sections 3.1 (top-p) and 4.
 
 import json
 import math
+import sys
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,7 @@ import torch
 import tyro
 
 import train
+from data import UserError
 from generate import filter_logits, generate, load_checkpoint, printable
 from model import GPT
 from tokenizer import ByteTokenizer
@@ -49,7 +51,7 @@ class Config:
     """Look at one distribution under every way to sample from it."""
 
     checkpoint: Path = RUNS / "best.pt"
-    """Model to sample from. If it is not there, a small one is trained for some seconds."""
+    """Model to sample from. If train.py has not left its own, a small one is trained for some seconds."""
     prompt: str = "One day, "
     """Text whose next token is looked at."""
     texts: int = 3
@@ -67,9 +69,9 @@ class Config:
 
 
 def load_model(config: Config) -> tuple[GPT, ByteTokenizer]:
-    """Load the checkpoint; if it is not there, train a model that is small enough for a lesson."""
+    """Load the checkpoint; if train.py has left none, train a model that is small enough for a lesson."""
     path = config.checkpoint
-    if config.smoke or not path.is_file():
+    if config.smoke or (path == Config.checkpoint and not path.is_file()):
         print(f"no {path.name} of train.py: training a small model for {config.train_steps} steps")
         size = {"n_stories": 1000, "batch_size": 12, "block_size": 64, "n_layer": 2, "n_head": 8, "n_embd": 96}
         pace = {"steps": config.train_steps, "lr": 4e-3, "warmup_steps": 30, "eval_every": 400, "eval_tokens": 20_000}
@@ -114,9 +116,9 @@ def readable(tokens: list[int], tokenizer: ByteTokenizer) -> str:
     return printable("".join("<e>" if i == tokenizer.eot else tokenizer.decode([i]) for i in tokens))
 
 
-def repeated(texts: list[str], n: int = 10) -> float:
-    """Share of the pieces of n characters that stood in these texts before, in [0, 1]."""
-    pieces = [text[i : i + n] for text in texts for i in range(len(text) - n + 1)]
+def repeated(text: str, n: int = 10) -> float:
+    """Share of a text's pieces of n characters that stood in it before, in [0, 1]."""
+    pieces = [text[i : i + n] for i in range(len(text) - n + 1)]
     return 1 - len(set(pieces)) / max(len(pieces), 1)
 
 
@@ -124,16 +126,20 @@ def draw(path: Path, shaped: dict[str, torch.Tensor], tokenizer: ByteTokenizer, 
     """Draw the 24 likeliest tokens under each setting; a token that is cut has no bar."""
     order = shaped["temperature 1"].argsort(descending=True)[:24]
     names = ["end" if i == tokenizer.eot else repr(tokenizer.decode([i]))[1:-1] for i in order.tolist()]
+    top = 3 * shaped["temperature 1"].max().item()
     fig, axes = plt.subplots(2, 3, figsize=(13, 5.5), sharey=True)
     for ax, (name, probs) in zip(axes.flat, shaped.items(), strict=True):
         kept = int((probs > 0).sum())
-        ax.bar(range(len(order)), shaped["temperature 1"][order], color="lightgray", label="temperature 1")
-        ax.bar(range(len(order)), probs[order], color="tab:blue", width=0.5, label=name)
+        ax.bar(range(len(order)), shaped["temperature 1"][order], color="lightgray")
+        ax.bar(range(len(order)), probs[order], color="tab:blue", width=0.5)
         ax.set_xticks(range(len(order)), names, fontsize=8)
         ax.set_title(f"{name}: {kept} of {len(probs)} tokens can be drawn", fontsize=10)
+        if probs.max() > top:  # one token has nearly everything: its bar is cut, so that the others can be compared
+            ax.text(int(probs[order].argmax()) + 0.5, top * 0.9, f"{probs.max():.2f}", color="tab:blue")
+    axes[0, 0].set_ylim(0, top)  # shared by all panels
     for ax in axes[:, 0]:
         ax.set_ylabel("probability")
-    fig.suptitle(f"The token after {prompt!r}")
+    fig.suptitle(f"The token after {prompt!r}: as the model gave it (gray), and what is drawn from (blue)")
     fig.tight_layout()
     fig.savefig(path, dpi=120)
     plt.close(fig)
@@ -166,14 +172,15 @@ def main(config: Config) -> None:
         shaped[name] = probs
         metrics[f"kept_{name.replace(' ', '_')}"] = (probs > 0).sum().item()
 
-    print(f"\n{config.texts} texts of {config.length} tokens each, the first of them, and how much stood there before")
+    print(f"\n{config.texts} texts of {config.length} tokens each; the first, how many differ, how much repeats itself")
     for name, setting in SETTINGS.items():
         generator = torch.Generator().manual_seed(config.seed)
         rows = generate(model, idx.repeat(config.texts, 1), config.length, *setting, generator=generator)
         tokens = torch.stack(list(rows), dim=1)  # length x (B,) -> (B, length), on past the end of a document
         texts = [readable(row, tokenizer) for row in tokens.tolist()]
-        metrics[f"repeated_{name.replace(' ', '_')}"] = repeated(texts)
-        print(f"--- {name}: {repeated(texts):.0%} repeated\n{config.prompt}{texts[0]}")
+        share = sum(repeated(text) for text in texts) / len(texts)
+        metrics[f"repeated_{name.replace(' ', '_')}"] = share
+        print(f"--- {name}: {len(set(texts))} different, {share:.0%} repeated\n{config.prompt}{texts[0]}")
 
     (config.out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     draw(config.out / "sampling.png", shaped, tokenizer, config.prompt)
@@ -181,4 +188,8 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    try:
+        main(tyro.cli(Config))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -18,6 +18,7 @@ References: Shannon 1951, "Prediction and Entropy of Printed English", section 3
 import json
 import math
 import random
+import sys
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +30,7 @@ import torch.nn.functional as F
 import tyro
 
 import train
-from data import encode_documents, load_documents
+from data import UserError, encode_documents, load_documents
 from generate import load_checkpoint
 from model import GPT
 from tokenizer import ByteTokenizer
@@ -44,7 +45,7 @@ class Config:
     """Score texts by a trained model and by two that count."""
 
     checkpoint: Path = RUNS / "best.pt"
-    """Model to evaluate. If it is not there, a small one is trained for some seconds."""
+    """Model to evaluate. If train.py has not left its own, a small one is trained for some seconds."""
     n_stories: int = 2000
     """Stories that the counting models count."""
     tokens: int = 40_000
@@ -60,9 +61,9 @@ class Config:
 
 
 def load_model(config: Config) -> tuple[GPT, ByteTokenizer]:
-    """Load the checkpoint; if it is not there, train a model that is small enough for a lesson."""
+    """Load the checkpoint; if train.py has left none, train a model that is small enough for a lesson."""
     path = config.checkpoint
-    if config.smoke or not path.is_file():
+    if config.smoke or (path == Config.checkpoint and not path.is_file()):
         print(f"no {path.name} of train.py: training a small model for {config.train_steps} steps")
         size = {"n_stories": 1000, "batch_size": 12, "block_size": 64, "n_layer": 2, "n_head": 8, "n_embd": 96}
         pace = {"steps": config.train_steps, "lr": 4e-3, "warmup_steps": 30, "eval_every": 400, "eval_tokens": 20_000}
@@ -224,4 +225,8 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    try:
+        main(tyro.cli(Config))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,7 +1,7 @@
-"""A small world of children's stories and sums: the text that every part of this tutorial trains on.
+"""A small world of children's stories and sums: the text that part 2 and all later parts train on.
 
 A story is a row of events; an event has several wordings; a wording is a sentence with named slots such as {hero} or
-{place}. To write a story we settle every slot once, from the brief (what is asked for) and by chance (the rest), and
+{place}. To write a story we settle every slot once, from the brief (what is asked for) and at random (the rest), and
 then pick one wording for each event of its plot. Since every fact stands in a slot, and a slot has a short list of
 values, the tables can be read in both directions: turned into regular expressions, the same wordings recognise a story
 and give its facts back. Training and held-out text are split by a hash of what is asked for: hero, thing and place.
@@ -83,7 +83,7 @@ PLACES = {"outdoors": YARD + VILLAGE + WILD, "wild": WILD, "yard": YARD}
 FINDS = read_list("an old shoe, a fat snail, a grey feather, a brown frog, an empty nest, a rusty nail, a button")
 NUMBERS = read_list("""zero, one, two, three, four, five, six, seven, eight, nine, ten, eleven, twelve, thirteen,
     fourteen, fifteen, sixteen, seventeen, eighteen, nineteen, twenty""")
-# The slots that a story settles by chance alone.
+# The slots that a story settles at random.
 CHANCE = {
     "time": read_list("One day, One morning, One day in May, On Monday, On Tuesday, On Thursday, On Friday, On Sunday"),
     "sad": read_list("sad, unhappy, upset, gloomy"),
