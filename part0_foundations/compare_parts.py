@@ -4,11 +4,12 @@ Parts copy forward, byte for byte, what they do not teach, so the difference bet
 later one. `git diff --no-index` shows it as lines; this script says first which functions, classes and assigned names
 are unchanged, changed, new or removed, found in the syntax tree.
 
-    python part0_foundations/compare_parts.py 1 2                    # table and diff, in colour on a terminal
-    python part0_foundations/compare_parts.py 1 2 --file model.py    # one file only
+    python part0_foundations/compare_parts.py 1 2                    # table, and the diff of every changed file
+    python part0_foundations/compare_parts.py 1 2 --file data.py     # one file only, also one that is wholly new
     python part0_foundations/compare_parts.py 1 2 --html             # one self-contained page, side by side
 
-Takes a second. Lessons are named and not compared: each is about its own part. NO_COLOR in the environment turns
+A file that is new or removed as a whole is only named, unless --file asks for it: its lines would bury the changed
+ones. Takes a second. Lessons are named and not compared: each is about its own part. NO_COLOR in the environment turns
 colours off (https://no-color.org). References: Myers 1986, "An O(ND) Difference Algorithm", section 2 (what a diff is).
 """
 
@@ -144,10 +145,11 @@ def summary(names: list[str], old: dict[str, str], new: dict[str, str], color: b
 
 
 def unified(name: str, folders: list[str], old: dict[str, str], new: dict[str, str], color: bool) -> list[str]:
-    """Lines of the unified diff of one file; empty where it is unchanged."""
+    """Lines of the unified diff of one file, /dev/null for the side that has no such file; empty if unchanged."""
     texts = [part.get(name, "").splitlines() for part in (old, new)]
+    places = [f"{a}/{name}" if name in part else "/dev/null" for a, part in zip(folders, (old, new), strict=True)]
     lines = []
-    for line in difflib.unified_diff(*texts, *(f"{folder}/{name}" for folder in folders), lineterm=""):
+    for line in difflib.unified_diff(*texts, *places, lineterm=""):
         kinds = {"+++": "title", "---": "title"} if len(lines) < 2 else {}  # only the first two lines are headings
         kind = kinds.get(line[:3]) or {"+": "new", "-": "removed", "@": "place"}.get(line[0])
         lines.append(paint(line, kind, color) if kind else line)
@@ -268,9 +270,12 @@ def run(config: Config) -> None:
     color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     print(paint(f"{titles[0]} -> {titles[1]}", "title", color), listed.replace("; ", "\n"), sep="\n", end="\n\n")
     print("\n".join(summary(names, old, new, color)))
+    whole = [name for name in names if state_of(name, old, new) in ("new", "removed") and config.file is None]
     for name in names:
-        lines = unified(name, titles, old, new, color)
+        lines = unified(name, titles, old, new, color) if name not in whole else []
         print("\n" + "\n".join(lines) if lines else "", end="\n" if lines else "")
+    if whole:
+        print(f"\nnot printed, new or removed as a whole: {', '.join(whole)} (to see one: --file {whole[0]})")
 
 
 def main(config: Config) -> None:

@@ -66,7 +66,7 @@ END, MAX_NEW, IGNORE = ID["<end>"], 16, -100
 
 
 def write_sentence(rng: random.Random, name: str) -> list[str]:
-    """One sentence about somebody, drawn by chance: all the text in this file is made of such sentences."""
+    """One sentence about somebody, drawn at random: all the text in this file is made of such sentences."""
     adjectives = rng.choices(ADJECTIVES, k=rng.choice([0, 1, 2]))
     words = [name, rng.choice(VERBS), rng.choice(ARTICLES), *adjectives, rng.choice(NOUNS)]
     if rng.random() < 0.5:  # whom "she" means, only attention can see (part 1)

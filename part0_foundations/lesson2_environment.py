@@ -26,6 +26,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # before torch: its profiler reports each start and stop at level 5
+
 import matplotlib
 import torch
 import torch.nn.functional as F
@@ -268,10 +270,8 @@ def show_step(config: Config, device: str, rates: dict[str, float]) -> tuple[dic
     """Print what a step was predicted to need beside what it needed; return the numbers, and the step."""
     predicted = predict(config)
     measured, step = measure_step(config, device)
-    print(
-        f"\none training step in fp32: B = {config.batch_size}, T = {config.block_size}, C = {config.n_embd},", end=" "
-    )
-    print(f"V = {config.vocab_size}, L = {config.n_layer}, H = {config.n_head}      predicted    measured")
+    print(f"\none training step in fp32: B = {config.batch_size}, T = {config.block_size}, C = {config.n_embd}", end="")
+    print(f", V = {config.vocab_size}, L = {config.n_layer}, H = {config.n_head}      predicted    measured")
     titles, metrics = {"adam": "AdamW's m and v", "activations_fused": "activations, attention fused"}, {}
     for name in ("parameters", "gradients", "adam", "activations", "activations_fused", "flops"):
         title, unit = (titles.get(name, name) + ", MB", 1e6) if name != "flops" else ("matrix products, GFLOP", 1e9)
@@ -353,9 +353,10 @@ def draw_figure(path: Path, metrics: dict[str, float]) -> None:
     figure, ((one, two), (three, four)) = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
     rates = {name.split("_")[1]: rate for name, rate in metrics.items() if name.startswith("matmul_") and rate}
     one.bar_label(one.bar(list(rates), list(rates.values())), fmt="%.4g")
-    one.set(title="matrix products", ylabel="GFLOP/s")
+    one.set(title="matrix products", ylabel="GFLOP/s", ymargin=0.1)  # room for the label of the highest bar
     peak, speed = metrics["matmul_fp32_gflops"], metrics["bandwidth_gb_s"]
-    two.loglog([2.0**k for k in range(-4, 9)], [min(peak, speed * 2.0**k) for k in range(-4, 9)], lw=2)
+    places = sorted([*(2.0**k for k in range(-4, 9)), peak / speed])  # with the corner, which is the balance
+    two.loglog(places, [min(peak, speed * x) for x in places], lw=2)
     for x, name in ((1 / 12, "a + b"), (64 / 6, "64 x 64 product"), (1024 / 6, "1024 x 1024 product")):
         two.plot(x, min(peak, x * speed), "o", label=name)  # n x n product: 2 n^3 operations, 12 n^2 bytes
     two.legend()
@@ -390,9 +391,7 @@ def main(config: Config) -> None:
     metrics |= denormal_cost(64 if config.smoke else 384)
     draw_figure(config.out / "environment.png", metrics)
     (config.out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    print(
-        "\nwrote", *(f"  {config.out / name}" for name in ("environment.png", "trace.json", "metrics.json")), sep="\n"
-    )
+    print("\nwrote", *(config.out / name for name in ("environment.png", "trace.json", "metrics.json")), sep="\n  ")
 
 
 if __name__ == "__main__":

@@ -205,7 +205,7 @@ def main(config: Config) -> None:
     assert max(metrics["difference_by_hand"], metrics["difference_shift"]) < 1e-6
 
     print(
-        f"\n3. trained on {T} positions to name the symbol {BACK} back, read on {2 * T} (guessing: {1 / SYMBOLS:.3f})"
+        f"\n3. trained on {T} positions to name the symbol {BACK} back, read on {2 * T} (guessing: {1 / SYMBOLS:.4f})"
     )
     models = {
         "none": train("none", 2 * T, T, config.steps),

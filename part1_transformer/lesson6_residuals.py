@@ -171,7 +171,7 @@ class Reader(nn.Module):
 
 
 def train(kind: str, config: Config, seed: int) -> list[float]:
-    """Loss at each step; nan from the step on at which the numbers overflowed."""
+    """Loss at each step; nan after a step whose gradient is not finite."""
     torch.manual_seed(seed)
     model = Reader(kind, config.depth)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr)
@@ -181,7 +181,7 @@ def train(kind: str, config: Config, seed: int) -> list[float]:
         loss = F.cross_entropy(model(idx)[:, BACK:].flatten(0, 1), idx[:, :-BACK].flatten())
         optimizer.zero_grad()
         loss.backward()
-        # Every run gets the same help: no step is longer than a gradient of length 1 makes it.
+        # Every run gets the same clipping, so that one huge gradient does not dominate AdamW's running means.
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         losses.append(loss.item())
         if not torch.isfinite(norm):

@@ -8,7 +8,7 @@ outputs.
     python part1_transformer/lesson7_stack.py
 
 You see the formula give GPT-2's well-known sizes, the stream's growth over depth with and without the factor 1 /
-sqrt(2L), and a map of who depends on whom. It takes 8 seconds and saves a figure.
+sqrt(2L), and a map of who depends on whom. It takes 5 seconds and saves a figure.
 
 References: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners" (GPT-2), sections 2.3 and table
 2; Vaswani et al. 2017, "Attention Is All You Need", section 3.1.

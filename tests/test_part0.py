@@ -301,7 +301,7 @@ def test_compare_by_syntax_tree() -> None:
 
 
 def test_compare_prints_table_and_diff(parts: Path) -> None:
-    """Piped there is no colour; every file, its state and its changed lines are shown, lessons only by name."""
+    """Piped there is no colour; each file and its state are shown, lines of the changed ones, lessons only by name."""
     result = run_script(SCRIPT, "1", "2", "--root", str(parts))
     assert result.returncode == 0, result.stderr
     assert "\033" not in result.stdout
@@ -310,9 +310,21 @@ def test_compare_prints_table_and_diff(parts: Path) -> None:
     assert "-    return x + 1\n+    return x + 22 < 3\n" in result.stdout
     assert "lesson1_x.py" in result.stdout
     assert "L = 1" not in result.stdout
+    assert "+NEW = 1" not in result.stdout  # whole files only when asked for, as the last line says
+    assert "-OLD = 1" not in result.stdout
+    assert result.stdout.splitlines()[-1].endswith("new.py, old.py (to see one: --file new.py)")
     only = run_script(SCRIPT, "1", "2", "--root", str(parts), "--file", "model.py").stdout
     assert "model.py  changed" in only
     assert "new.py" not in only.replace("lessons", "")
+
+
+def test_compare_prints_whole_files_when_asked(parts: Path) -> None:
+    """The headings of a file that is new or removed name /dev/null, as git's do, and nothing is left out."""
+    new = run_script(SCRIPT, "1", "2", "--root", str(parts), "--file", "new.py").stdout
+    assert "--- /dev/null\n+++ part2_b/new.py\n@@ -0,0 +1 @@\n+NEW = 1\n" in new
+    old = run_script(SCRIPT, "1", "2", "--root", str(parts), "--file", "old.py").stdout
+    assert "--- part1_a/old.py\n+++ /dev/null\n@@ -1 +0,0 @@\n-OLD = 1\n" in old
+    assert "not printed" not in new + old
 
 
 def test_colours_only_where_wanted() -> None:
