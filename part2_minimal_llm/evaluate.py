@@ -35,7 +35,7 @@ class Config:
     checkpoint: Path = RUNS / "best.pt"
     """Checkpoint to load. The default one is trained first if it is not there."""
     pretrained: Path | None = None
-    """Folder of a GPT-2 in Hugging Face's format, to use instead of a checkpoint."""
+    """Folder of a model in Hugging Face's format, to use instead of a checkpoint."""
     data: str = "stories"
     """stories or pydoc (their held-out part), or the path of a text file (all of it)."""
     out: Path = RUNS / "evaluate"
@@ -55,7 +55,7 @@ def main(config: Config) -> None:
     if config.smoke:
         config = replace(config, out=Path(tempfile.mkdtemp()))
     if config.pretrained:
-        from load_hf import load_pretrained  # GPT-2's tokenizer needs tiktoken, which our own models do not
+        from load_hf import load_pretrained  # its tokenizer needs a library that our own models do not
 
         model, tokenizer = load_pretrained(config.pretrained)
         model.to(device)
