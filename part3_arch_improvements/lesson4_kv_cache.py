@@ -284,10 +284,8 @@ def show_texts(model: GPT, config: Config) -> dict[str, float]:
     taken["no cache"] = [time.perf_counter() - started]
 
     ours, rate = texts["KVCache"], n / median(taken["KVCache"])
-    print(
-        f"\nwhole texts of {config.in_full:,} tokens, always the likeliest one; "
-        f"the first text has {len(ours.unique())} different tokens"
-    )
+    kinds = len(ours.unique())
+    print(f"\nwhole texts of {config.in_full:,} tokens, always the likeliest one; the first has {kinds} different ones")
     print("                          seconds   tokens/s   time per token, KVCache = 1   same tokens")
     metrics = {}
     for name, some in taken.items():
