@@ -217,6 +217,8 @@ def main(config: Config) -> None:
     device = pick_device(config.device)
     # A wrong setting should not wait for a model to load.
     filter_logits(torch.zeros(1, 2), config.temperature, config.top_k, config.top_p)
+    if config.max_new_tokens < 0:
+        raise UserError(f"--max_new_tokens {config.max_new_tokens} is below 0; give 0 or more")
     if config.smoke:
         config = replace(config, max_new_tokens=20)
     if config.pretrained:

@@ -379,6 +379,7 @@ def command_complaint(command: str) -> str | None:
 
     A script must exist, and accept these arguments: its own `Config` is asked. Other programs are a short list.
     """
+    command = re.sub(r"^torchrun --nproc_per_node=\d+ -- ", "python ", command)
     words = shlex.split(command)
     if words[0] == "python" and len(words) > 1 and words[1].endswith(".py"):
         file, args = ROOT / words[1], words[2:]
@@ -466,6 +467,8 @@ def test_command_and_link_rules_can_fail(tmp_path: Path) -> None:
     """A wrong path, flag or program is a complaint, and so is a link that leads nowhere."""
     block = "```bash\npython a.py --x 1  # it's fine\n\npython b.py \\\n  --y && cd c\n```\n```text\nnot me\n```\n"
     assert commands(block) == ["python a.py --x 1", "python b.py --y", "cd c"]
+    for wrong in ("torchrun --nproc_per_node=2 -- nothing.py", "torchrun part2_minimal_llm/train.py"):
+        assert command_complaint(wrong), wrong
     for wrong in ("python part1_transformer/nothing.py", "python nothing.py", "rm -rf .", "pyton -m pytest"):
         assert command_complaint(wrong), wrong
     assert command_complaint("git diff --no-index part1_transformer/nothing.py part2_minimal_llm/model.py")

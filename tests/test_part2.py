@@ -1179,6 +1179,7 @@ def test_short_text(tmp_path: Path, checkpoint: Path) -> None:
         ("top_p", "1.5", "1.5 is outside (0, 1]; 1 keeps all"),
         ("top_p", "nan", "nan is outside (0, 1]"),
         ("top_k", "-1", "-1 is below 0; 0 keeps all"),
+        ("max_new_tokens", "-1", "-1 is below 0; give 0 or more"),
     ],
 )
 def test_bad_sampling_settings(flag: str, value: str, shown: str, checkpoint: Path) -> None:
