@@ -1479,7 +1479,7 @@ def test_best_is_evaluated_once(tmp_path: Path) -> None:
     run(tmp_path / "half", steps=10, lr=0.0)  # nothing is learned, so the first evaluation stays the best
     best = checkpoint.read_checkpoint(tmp_path / "half" / "best.pt")
     assert [step for step, _ in best["progress"]["val_losses"]] == [best["progress"]["step"]] == [0]
-    again = run(tmp_path / "again", steps=10, resume=str(tmp_path / "half" / "best.pt"))
+    again = run(tmp_path / "half", steps=10, resume=str(tmp_path / "half" / "best.pt"))
     assert_same_run(again, whole)
 
 
