@@ -25,7 +25,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from cache import KVCache, RollingKVCache
-from moe import MoE, recompute_contexts
+from moe import MoE, check_mixture, recompute_contexts
 from rope import rope, rope_angles, rope_frequencies
 
 
@@ -63,24 +63,17 @@ class GPTConfig:
     """First tokens that stay visible although they are outside the window."""
     tie_weights: bool = True
     """One matrix for reading and for writing tokens."""
-    n_expert: int = 0
-    """E, experts in a mixture. 0: every block has an MLP."""
-    n_expert_active: int = 2
-    """K, how many of them each token uses."""
-    n_shared_expert: int = 0
-    """Further experts, which every token uses."""
     expert_hidden: int = 0
     """F, width inside an expert. 0: those that a token uses are together as wide as the MLP, rounded down to 8s."""
+    # The rest is explained where the command line takes it from, in moe.MixtureConfig.
+    n_expert: int = 0
+    n_expert_active: int = 2
+    n_shared_expert: int = 0
     moe_every: int = 1
-    """Every how many-th block has a mixture; the others have an MLP."""
     n_dense_first: int = 0
-    """First blocks that have an MLP in any case."""
     capacity_factor: float = 0.0
-    """In training, choices that an expert takes, in multiples of its even share; the rest is dropped. 0: takes all."""
     router_noise: float = 0.0
-    """Standard deviation of the noise on the router's scores in training."""
     normalize_gates: bool = True
-    """Divide the gates of the K chosen experts by their sum."""
 
     def __post_init__(self) -> None:
         self.n_kv_head = self.n_kv_head or self.n_head
@@ -94,18 +87,10 @@ class GPTConfig:
             raise ValueError(f"head_dim = {self.head_dim} is odd; rotary positions turn pairs of channels")
         if self.window < 0 or self.n_sink < 0 or (self.n_sink and not self.window):
             raise ValueError(f"n_sink = {self.n_sink} and window = {self.window}: sinks are for a window above 0")
-        least = {"n_expert": 0, "n_shared_expert": 0, "expert_hidden": 0, "moe_every": 1, "n_dense_first": 0}
-        for name, value in (least | {"capacity_factor": 0, "router_noise": 0}).items():
-            if getattr(self, name) < value:
-                raise ValueError(f"{name} = {getattr(self, name)} is below {value}")
-        if self.n_expert:
-            if not 1 <= self.n_expert_active <= self.n_expert:
-                raise ValueError(f"n_expert_active = {self.n_expert_active} is not in 1 .. n_expert = {self.n_expert}")
-            used = self.n_expert_active + self.n_shared_expert
-            self.expert_hidden = self.expert_hidden or max(8, self.mlp_hidden // used // 8 * 8)
-            for name in ("expert_hidden", "n_embd"):
-                if getattr(self, name) % 8:
-                    raise ValueError(f"{name} = {getattr(self, name)} is no multiple of 8, as experts need it")
+        if self.n_expert and not self.expert_hidden:
+            used = max(1, self.n_expert_active + self.n_shared_expert)
+            self.expert_hidden = max(8, self.mlp_hidden // used // 8 * 8)
+        check_mixture(self)
 
     def is_moe(self, layer: int) -> bool:
         """Whether a block, counted from 0, has a mixture of experts."""

@@ -54,6 +54,8 @@ class MixtureConfig:
     """In training, choices that an expert takes, in multiples of its even share; the rest is dropped. 0: takes all."""
     router_noise: float = 0.0
     """Standard deviation of the noise on the router's scores in training."""
+    normalize_gates: bool = True
+    """Divide the gates of the K chosen experts by their sum; not with K = 1, which would make every gate 1."""
     bias_rate: float = 1e-3
     """How far the bias that balances the load moves in a step. 0: not at all."""
     balance_weight: float = 0.0
@@ -62,8 +64,33 @@ class MixtureConfig:
     """Weight of the router z-loss, which keeps scores small."""
 
     def shape(self) -> dict[str, Any]:
-        """Those that are fields of GPTConfig."""
+        """Those that are fields of GPTConfig.
+
+        Raises:
+            ValueError: gates that are always 1, from which the router would learn nothing.
+        """
+        if self.n_expert > 1 and self.n_expert_active == 1 and self.normalize_gates:
+            raise ValueError("n_expert_active = 1 with normalize_gates: each gate is 1, whatever the router does")
         return {name: v for name, v in vars(self).items() if name not in ("bias_rate", "balance_weight", "z_weight")}
+
+
+def check_mixture(config: "GPTConfig") -> None:
+    """Refuse a model whose experts do not fit together.
+
+    Raises:
+        ValueError: it names the field and its value.
+    """
+    least = {"n_expert": 0, "n_shared_expert": 0, "expert_hidden": 0, "moe_every": 1, "n_dense_first": 0}
+    for name, value in (least | {"capacity_factor": 0, "router_noise": 0}).items():
+        if getattr(config, name) < value:
+            raise ValueError(f"{name} = {getattr(config, name)} is below {value}")
+    if not config.n_expert:
+        return
+    if not 1 <= config.n_expert_active <= config.n_expert:
+        raise ValueError(f"n_expert_active = {config.n_expert_active} is not in 1 .. n_expert = {config.n_expert}")
+    for name in ("expert_hidden", "n_embd"):
+        if getattr(config, name) % 8:
+            raise ValueError(f"{name} = {getattr(config, name)} is no multiple of 8, as experts need it")
 
 
 # --- losses of the router ---
@@ -286,9 +313,8 @@ class MoE(nn.Module):
             probs = noisy.softmax(dim=-1)
             # The bias moves experts up and down the list, but gates are what the router thinks of them.
             chosen = (probs.detach() + self.balance_bias.float()).topk(self.n_active, dim=-1).indices
-            gates = probs.gather(-1, chosen)
-            if self.normalize:
-                gates = gates / gates.sum(dim=-1, keepdim=True)
+            # Gates over their sum are the softmax of the chosen scores alone, which never divides zero by zero.
+            gates = noisy.gather(-1, chosen).softmax(dim=-1) if self.normalize else probs.gather(-1, chosen)
             kept = None
             if self.capacity_factor and self.training:
                 kept = self.within_capacity(chosen)
@@ -348,7 +374,8 @@ def update_balance_bias(moe: MoE, rate: float) -> tuple[torch.Tensor, torch.Tens
 def balance_experts(model: "GPT", rate: float, progress: dict[str, Any]) -> None:
     """Balance all layers after a step, and add what they counted to progress["load"], (L, E + 1).
 
-    The last column holds what was dropped. See update_balance_bias; all processes must call it.
+    The last column holds what was dropped. Every tenth step's shares of the load go to progress["loads"], pairs
+    (step, (L, E)), for the picture. See update_balance_bias; all processes must call it.
     """
     counts = [
         torch.cat([load, dropped[None]])
@@ -357,3 +384,6 @@ def balance_experts(model: "GPT", rate: float, progress: dict[str, Any]) -> None
     if counts:
         counts = torch.stack(counts).cpu()
         progress["load"] = counts if progress["load"] is None else progress["load"] + counts
+        if progress["step"] % 10 == 0:
+            load = counts[:, :-1].double()
+            progress["loads"].append((progress["step"], (load / load.sum(dim=1, keepdim=True)).tolist()))

@@ -173,7 +173,6 @@ def describe_load(model: GPT, progress: dict[str, Any]) -> dict[str, float]:
         return {}
     load, dropped = counts[:, :-1].double(), counts[:, -1]
     shares = load / load.sum(dim=1, keepdim=True)  # (L, E)
-    progress["loads"].append((progress["step"], shares.tolist()))
     layers = model.moe_layers()
     numbers = {
         "load_cv": (load.std(dim=1, correction=0) / load.mean(dim=1)).mean().item(),
@@ -199,7 +198,7 @@ def plot_load(path: Path, loads: list[tuple[int, list[list[float]]]]) -> None:
 
     Args:
         path: of the PNG.
-        loads: pairs (step, shares (L, E)), as describe_load leaves them in progress.
+        loads: pairs (step, shares (L, E)), as balance_experts leaves them in progress.
     """
     if not loads:
         return

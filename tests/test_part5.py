@@ -1017,12 +1017,41 @@ def test_describe_load_by_hand() -> None:
     """Even is 0, and K of E experts that get everything have sqrt(E / K - 1)."""
     gpt = GPT(small(n_expert=4, n_expert_active=2, n_layer=1))
     for counts, cv in (([5, 5, 5, 5], 0.0), ([10, 10, 0, 0], 1.0)):
-        progress = {"step": 3, "loads": [], "load": torch.tensor([[*counts, 2]])}
+        progress = {"step": 3, "load": torch.tensor([[*counts, 2]])}
         numbers = tracker.describe_load(gpt, progress)
         assert numbers["load_cv"] == pytest.approx(cv)
         assert numbers["dropped"] == pytest.approx(0.1)
-        assert progress["load"] is None and progress["loads"] == [(3, [[n / 20 for n in counts]])]
+        assert progress["load"] is None
     assert tracker.describe_load(gpt, progress) == {}
+
+
+def test_every_tenth_load_is_kept_for_the_picture() -> None:
+    """As shares of each layer's choices, with the step."""
+    gpt, progress = GPT(small(n_expert=4, n_expert_active=2, n_layer=2)), {"loads": [], "load": None}
+    for step in range(11):
+        for layer in gpt.moe_layers():
+            layer.load = torch.tensor([step + 1, 1, 1, 1])
+        progress["step"] = step
+        moe.balance_experts(gpt, 0.0, progress)
+    assert progress["loads"] == [(0, [[0.25] * 4] * 2), (10, [[11 / 14, 1 / 14, 1 / 14, 1 / 14]] * 2)]
+
+
+def test_gates_of_experts_that_the_router_ruled_out() -> None:
+    """Their probabilities round to 0, and the bias chooses them all the same: no 0 / 0."""
+    layer = MoE(small(n_expert=4, n_expert_active=2))
+    with torch.no_grad():
+        layer.router.weight.zero_()[:2] = 1000.0
+        layer.balance_bias[2:] = 2.0
+    chosen, gates = layer.route(torch.ones(1, 3, layer.router.in_features))
+    assert (chosen >= 2).all() and torch.equal(gates, torch.full((1, 3, 2), 0.5))
+
+
+def test_gates_that_are_always_one_are_refused() -> None:
+    """A router with one choice and gates over their sum cannot learn; without division it can."""
+    with pytest.raises(ValueError, match="normalize_gates"):
+        moe.MixtureConfig(n_expert_active=1).shape()
+    assert moe.MixtureConfig(n_expert_active=1, normalize_gates=False).shape()["n_expert_active"] == 1
+    assert moe.MixtureConfig(n_expert=1, n_expert_active=1).shape()["n_expert"] == 1
 
 
 # --- lessons 5.1 and 5.3 ---
