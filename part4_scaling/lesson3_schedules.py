@@ -239,16 +239,16 @@ def compare_warmup(
 LOST = {
     "SGD with momentum 0.9, rate 1, not clipped": {"lr": 1.0, "sgd": True, "clip": math.inf},
     "norms behind the additions, 6 blocks, not clipped": {"n_layer": 6, "post_norm": True, "clip": math.inf},
-    "the same, clipped": {"n_layer": 6, "post_norm": True},
+    "norms in front of the layers, 6 blocks, not clipped": {"n_layer": 6, "clip": math.inf},
 }
-"""Runs that need a warm-up, or something in its place."""
+"""Two runs that need a warm-up, and one that shows what the place of the norm does."""
 
 
 def compare_lost(config: Config, tokens: torch.Tensor, bar: tqdm) -> dict[tuple[str, int], list[Run]]:
-    """Train without warm-up, and with one of half of the steps, in every seed; (name, warm-up) -> runs."""
+    """Train without warm-up, with a fifth and with half of the steps, in every seed; (name, warm-up) -> runs."""
     steps, runs = config.steps, {}
     for name, settings in LOST.items():
-        for warmup in (0, steps // 2):
+        for warmup in (0, steps // 5, steps // 2):
             for seed in range(config.seed, config.seed + config.n_seeds):
                 run = Run(tokens, steps, **({"lr": config.lr, "seed": seed} | settings))
 
@@ -306,7 +306,7 @@ def draw(
         for (_, warmup), found in ((key, found) for key, found in lost.items() if key[0] == name):
             for seed, run in enumerate(found):
                 label = None if seed else f"warm-up {warmup}"
-                ax.plot(run.losses, "C0-" if warmup else "C3:", label=label)
+                ax.plot(run.losses, {0: "C3:", config.steps // 2: "C0-"}.get(warmup, "C1--"), label=label)
         ax.set(title=f"{name}: each seed", xlabel="step")
     sgd.set(yscale="log", ylim=(1, 1e9))
     for ax in axes.flat:
@@ -336,7 +336,7 @@ def main(config: Config) -> None:
     print(f"   wsd for 1,000 steps and wsd for 2,000 are the same for {same} steps: the end can be chosen late")
 
     tokens, held_out = text_tokens(2000, held_out=False), text_tokens(60, held_out=True)[:16_000]
-    with tqdm(total=config.n_seeds * int(12.8 * config.steps), desc="training", disable=None) as bar:
+    with tqdm(total=config.n_seeds * int(15.8 * config.steps), desc="training", disable=None) as bar:
         losses, runs = compare_schedules(config, tokens, held_out, bar)
         warm_losses, warm_runs = compare_warmup(config, tokens, held_out, bar)
         lost = compare_lost(config, tokens, bar)

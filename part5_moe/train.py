@@ -380,7 +380,7 @@ def main(config: Config) -> None:
             f"byte; {metrics['seconds']:.0f} seconds, {metrics['tokens_per_second']:,.0f} tokens a second, "
             f"{metrics['flops_utilisation']:.0%} of the device's peak"
         )
-        print(f"wrote best.pt, latest.pt, learning_curve.png and metrics.json to {config.out}")
+        print(f"wrote best.pt, latest.pt, metrics.json, learning_curve.png and, of experts, load.png to {config.out}")
 
 
 def parse() -> Config:
