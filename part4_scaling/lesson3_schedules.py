@@ -5,7 +5,7 @@ settle. So the rate falls towards the end. At the very beginning it has to be sm
 size of the gradients yet, and the first steps of Adam are as long for each number as its rate allows, whatever the
 gradient says. A schedule is a factor on the learning rate that depends on the step alone.
 
-    python part4_scaling/lesson3_schedules.py     # about four minutes; five tables, a figure
+    python part4_scaling/lesson3_schedules.py     # about five minutes; five tables, a figure
 
 You should see four schedules as numbers and as curves, what each leaves of the same model in three seeds, at which
 rates a run without warm-up is worse, runs that without it explode or never learn, and one run that is ended twice.

@@ -63,7 +63,7 @@ class Config:
     """Blocks in the models that race."""
     n_embd: int = 64
     """C, their channels."""
-    sweep_steps: int = 100
+    sweep_steps: int = 200
     """Steps of each run that looks for the best learning rate."""
     n_seeds: int = 3
     """Runs of each optimizer, with seeds seed, seed + 1, ..."""
