@@ -3,7 +3,7 @@
 It is fine-tuning of an encoder (see reward.py), with two changes. A head with one output stands where the scores of
 1,024 tokens stood, and the loss compares: the preferred answer is to get the higher number. How high is left open.
 
-    python part7_reward/train.py                            # sampled pairs: 3 minutes on two CPU cores, sampling too
+    python part7_reward/train.py                            # sampled pairs: 2 minutes on two CPU cores, sampling too
     python part7_reward/train.py --causal --data runs/part7_reward/pairs --out runs/part7_reward/causal
     python part7_reward/train.py --loss margin --margin 1 --data runs/part7_reward/pairs --out runs/part7_reward/margin
     python part7_reward/train.py --data hf:ultrafeedback
