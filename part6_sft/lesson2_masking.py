@@ -290,7 +290,7 @@ def time_packing(examples: list[Example], tokenizer: BPETokenizer, config: Confi
             model(x, y)[1].backward()
             best[name] = min(best[name], time.perf_counter() - started)
     print(f"\n7. {len(examples)} conversations, 2 layers, C = {config.n_embd}; ", end="")
-    print(f"{torch.get_num_threads()} threads, fastest of {config.rounds} turns, forward and backward")
+    print(f"threads: {torch.get_num_threads()}, fastest of {config.rounds} turns, forward and backward")
     for name, (x, _) in batches.items():
         print(f"   {name}: {tuple(x.shape)} places, {1000 * best[name]:.0f} ms")
     ratio = best["padded"] / best["packed"]

@@ -2,7 +2,8 @@
 
 Whatever a reward model gets wrong, training against it will find. So before anybody does, we ask: does it agree with
 the judge on pairs that it has not seen; does it read the prompt; does it just measure length; does a number mean what
-it should; does picking by it give better answers, by the rules that it never saw; and which nonsense does it like?
+it should; does picking by it give better answers, by the rules, of which it saw noisy comparisons only; and which
+nonsense does it like?
 
     python part7_reward/check_reward.py                           # 2.5 minutes on two CPU cores
     python part7_reward/check_reward.py --checkpoint runs/part7_reward/causal/best.pt
@@ -17,7 +18,6 @@ References: checks.py names them.
 
 import json
 import math
-import random
 import sys
 import tempfile
 import textwrap
@@ -42,14 +42,17 @@ from checks import (
     check_pairs,
     correlation,
     find_gibberish,
+    known_stories,
+    reword,
     same_order,
+    surprise_alone,
 )
-from data import Pair, UserError, chat_tokens, encode_prompt, load_pairs
+from data import Pair, UserError, collate_responses, encode_prompt, load_pairs
 from devices import pick_device
 from generate import BASE, RUNS, find_checkpoint, load_checkpoint, printable, respond
-from instructions import Instruction, write_prompt
+from instructions import Instruction
 from model import GPT
-from pairs import read_folder
+from pairs import pair_rewards, read_folder
 from preferences import ceiling, story_prompts
 from reward import RewardModel, load_reward_model, rewards
 from rules import score
@@ -63,6 +66,8 @@ REWORDED = 8
 """Answers to each prompt that are judged a second time, under another wording of it."""
 SEARCHES = 4
 """Prompts for which nonsense is searched for."""
+SURPRISING = 3.0
+"""Nats from which on a token is shown with its surprise."""
 
 
 @dataclass
@@ -158,26 +163,21 @@ def sample_pool(base: GPT, model: RewardModel, tokenizer: BPETokenizer, config: 
 # --- what rules can check ---
 
 
-def reword(instruction: Instruction, seed: int) -> str:
-    """Ask for the same story in other words."""
-    rng = random.Random(seed)
-    while (prompt := write_prompt(instruction.asked, rng)) == instruction.prompt:
-        pass
-    return prompt
-
-
 def check_pool(
     model: RewardModel, tokenizer: BPETokenizer, pool: Pool, seed: int
 ) -> tuple[list[Check], dict[str, np.ndarray]]:
     """Do the checks that need many answers to a prompt.
 
     Returns:
-        The checks, and (len(NS), P) rule scores of the best of n: as rewards pick it, and as the scores themselves do.
+        The checks, and (len(NS), P) rule scores of the best of n: as rewards pick it, as the scores themselves do, and
+        as surprise alone does.
     """
     reworded = encode_prompts([reword(asked, seed) for asked in pool.instructions], tokenizer, model.config.block_size)
     again = judge(model, reworded, [row[:REWORDED] for row in pool.answers])
     ns = [n for n in NS if n <= pool.scores.shape[1]]
     by = {"picked by reward": pool.rewards, "ideal: picked by rule score": pool.scores}
+    if model.writer is not None:
+        by["picked by surprise alone"] = judge(surprise_alone(model), pool.prompts, pool.answers)
     curves = {name: np.stack([best_of_n(values, pool.scores, n) for n in ns]) for name, values in by.items()}
     picked = curves["picked by reward"]  # (n, P)
     at = ns.index(16) if 16 in ns else len(ns) - 1
@@ -196,18 +196,28 @@ def check_pool(
     return checks, curves
 
 
-def known_stories(instructions: list[Instruction], tokenizer: BPETokenizer, seed: int) -> dict[str, list[list[int]]]:
-    """Three answers to each prompt of which we know what they are worth.
+def show_surprise(
+    model: RewardModel, tokenizer: BPETokenizer, prompts: list[list[int]], ids: list[int], pairs: list[Pair]
+) -> float:
+    """Print an answer after its own prompt and after another one, and mark what surprises the writer in it.
 
     Returns:
-        good: the gold answer. others': the gold answer to the next prompt, a good story that nobody asked for. bad: the
-        words of the gold answer in random order.
+        Accuracy on the pairs of surprise alone.
     """
-    rng, end = random.Random(seed), chat_tokens(tokenizer)[2]
-    good = [asked.response for asked in instructions]
-    bad = [" ".join(rng.sample(text.split(), len(text.split()))) for text in good]
-    texts = {"good": good, "others'": good[1:] + good[:1], "bad": bad}
-    return {name: [[*tokenizer.encode(text), end] for text in some] for name, some in texts.items()}
+    print(f"\nsurprise: one answer, after its own prompt and after another one; nats above {SURPRISING:g} in brackets")
+    ids = ids[: model.config.block_size - max(map(len, prompts))]
+    for name, prompt in zip(("its own", "another"), prompts, strict=True):
+        idx, mask = collate_responses([prompt], [ids], model.pad)
+        idx, mask = (some.to(model.head.weight.device) for some in (idx, mask))
+        nats = model.surprise(idx, mask | (idx != model.pad), mask)[mask].tolist()
+        said = zip([tokenizer.decode([token]) for token in ids], nats, strict=True)
+        text = "".join(token + f"[{s:.1f}]" * (s > SURPRISING) for token, s in said)
+        text = textwrap.shorten(printable(text), 340, placeholder=" [...]")
+        print(textwrap.fill(f"{name} (mean {np.mean(nats):.2f}): {text}", 110, subsequent_indent="    "))
+    chosen, rejected = pair_rewards(surprise_alone(model), pairs)
+    found = accuracy(chosen - rejected)
+    print(f"surprise alone, without what was learned of pairs: accuracy {found:.3f}")
+    return found
 
 
 def check_gibberish(
@@ -272,11 +282,12 @@ def draw(
     ax.set(xlabel="tokens of the answer", ylabel="reward", title="Reward and length")
     if pool:
         ax, ns = axes[0, 1], NS[: len(next(iter(curves.values())))]
-        for (name, curve), color in zip(curves.items(), ("tab:red", "tab:green"), strict=True):
+        for (name, curve), color in zip(curves.items(), ("tab:red", "tab:green", "tab:gray"), strict=False):
             low, high = np.array([bootstrap_interval(row) for row in curve]).T
             ax.plot(ns, curve.mean(axis=1), color=color, marker="o", label=name)
             ax.fill_between(ns, low, high, color=color, alpha=0.15)
         ax.set_xscale("log", base=2)
+        ax.set_xticks(ns, [str(n) for n in ns])
         ax.set(xlabel="n", ylabel="rule score", ylim=(0, 1), title="Best of n answers, 95% intervals over prompts")
         ax.legend()
         ax = axes[1, 1]
@@ -351,12 +362,16 @@ def main(config: Config) -> None:
         more, curves = check_pool(model, tokenizer, pool, config.seed)
         checks += more
         prompts, known = pool.prompts, known_stories(pool.instructions, tokenizer, config.seed)
+    alone = {}
+    if model.writer is not None:
+        alone["surprise_accuracy"] = show_surprise(model, tokenizer, prompts[:2], next(iter(known.values()))[0], pairs)
     checks += check_gibberish(model, tokenizer, prompts, known, config)
     print_table(checks, curves)
     alarms = sum(check.verdict() == "ALARM" for check in checks)
     numbers = {check.key: float(check.value) for check in checks if math.isfinite(check.value)}
     numbers |= {"alarms": alarms, "held_out_pairs": len(pairs)} | ({"ceiling": ceiling(pairs)} if pool else {})
-    for key, curve in zip(("best_of", "ideal_best_of"), curves.values(), strict=False):
+    numbers |= alone
+    for key, curve in zip(("best_of", "ideal_best_of", "surprise_best_of"), curves.values(), strict=False):
         numbers |= {f"{key}_{n}": mean for n, mean in zip(NS, curve.mean(axis=1).tolist(), strict=False)}
     config.out.mkdir(parents=True, exist_ok=True)
     (config.out / "metrics.json").write_text(json.dumps(numbers, indent=2) + "\n")

@@ -7,13 +7,17 @@ et al. 2021, "WebGPT", appendix I (best of n from one pool of answers); Gao et a
 Overoptimization" (what becomes of it as n grows); Singhal et al. 2023, "A Long Way to Go" (length).
 """
 
+import copy
 import math
+import random
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from torch import nn
 
-from data import Pair
+from data import Pair, chat_tokens
+from instructions import Instruction, write_prompt
 from pairs import pair_rewards
 from preferences import ceiling
 from reward import RewardModel, rewards
@@ -43,6 +47,13 @@ class Check(NamedTuple):
 
 
 # --- of pairs ---
+
+
+def surprise_alone(model: RewardModel) -> RewardModel:
+    """A copy whose rewards are what surprise costs, without what the head makes of the trunk."""
+    alone = copy.deepcopy(model)
+    nn.init.zeros_(alone.head.weight)
+    return alone
 
 
 def accuracy(difference: np.ndarray) -> float:
@@ -204,6 +215,28 @@ def best_of_n(by: np.ndarray, scores: np.ndarray, n: int) -> np.ndarray:
         mean = np.bincount(group, row_scores[order]) / size  # of those of equal rank
         found.append((weight * mean[group]).sum())
     return np.array(found)
+
+
+def reword(instruction: Instruction, seed: int) -> str:
+    """Ask for the same story in other words."""
+    rng = random.Random(seed)
+    while (prompt := write_prompt(instruction.asked, rng)) == instruction.prompt:
+        pass
+    return prompt
+
+
+def known_stories(instructions: list[Instruction], tokenizer: BPETokenizer, seed: int) -> dict[str, list[list[int]]]:
+    """Three answers to each prompt of which we know what they are worth.
+
+    Returns:
+        good: the gold answer. others': the gold answer to the next prompt, a good story that nobody asked for. bad: the
+        words of the gold answer in random order.
+    """
+    rng, end = random.Random(seed), chat_tokens(tokenizer)[2]
+    good = [asked.response for asked in instructions]
+    bad = [" ".join(rng.sample(text.split(), len(text.split()))) for text in good]
+    texts = {"good": good, "others'": good[1:] + good[:1], "bad": bad}
+    return {name: [[*tokenizer.encode(text), end] for text in some] for name, some in texts.items()}
 
 
 def same_order(a: np.ndarray, b: np.ndarray) -> float:

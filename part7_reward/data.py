@@ -208,7 +208,7 @@ def load_pairs(data: str, tokenizer: BPETokenizer, block_size: int, n: int) -> t
     path = Path(data)
     if not data.startswith("hf:") and not (path.is_file() and path.suffix == ".jsonl"):
         problem = "no .jsonl file" if path.exists() else "no such file"
-        raise UserError(f"--data {data}: {problem}; give one, or one of stories, hf:NAME")
+        raise UserError(f"--data {data}: {problem}; give a .jsonl file, a folder of pairs, stories or hf:NAME")
     training, held_out, dropped = {}, {}, 0
     for number, record in enumerate(read_hf(data) if data.startswith("hf:") else read_jsonl(path), 1):
         try:

@@ -76,10 +76,11 @@ def make_pairs(
         # Many prompts say more than many answers to few: one at each temperature, two if there is only one.
         how = (temperatures, 2 if len(temperatures) == 1 else 1, sharpness)
         held_out, _ = sample_pairs(model, tokenizer, story_prompts(n_held_out, 0, True), *how, seed + 1)
-        means = zip(sampled.temperatures, sampled.scores.mean(axis=0).tolist(), strict=True)
+        drawn_at = np.array(sampled.temperatures)
+        means = {hot: sampled.scores[:, drawn_at == hot].mean() for hot in sorted(set(sampled.temperatures))}
         say(
             "rule score of the sampled answers: "
-            + ", ".join(f"{mean:.3f} at temperature {temperature:g}" for temperature, mean in means)
+            + ", ".join(f"{mean:.3f} at temperature {temperature:g}" for temperature, mean in means.items())
             + f"; {sampled.equal} pairs of equal answers skipped"
         )
     else:

@@ -5,10 +5,11 @@ often: every answer has a score s, and the first one is preferred with probabili
 
     p = sigmoid(sharpness * (s_first - s_second))
 
-Here the score is the rule score (rules.py), which no model sees. So we know what is known of no real data set: how
-certain each label is, and by that, how often the best possible reward model agrees with labels it has not seen. Such a
-model says of every pair which answer is better, and is right max(p, 1 - p) of the time; the mean of that over all pairs
-is the ceiling. Nobody gets above it but by luck, and a reward model is to be compared with it, not with 1.
+Here the score is the rule score (rules.py), of which a model sees nothing but such labels. So we know what is known of
+no real data set: how certain each label is, and by that, how often the best possible reward model agrees with labels
+it has not seen. Such a model says of every pair which answer is better, and is right max(p, 1 - p) of the time; the
+mean of that over all pairs is the ceiling. Nobody gets above it but by luck, and a reward model is to be compared with
+it, not with 1.
 
 Answers are drawn at several temperatures, so that a prompt has better and worse ones. Every two different answers to a
 prompt are a pair with a label of its own: three labels may well go round in a circle, as people's do.

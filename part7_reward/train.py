@@ -287,7 +287,9 @@ def train(config: Config, here: Processes, device: torch.device) -> dict[str, fl
     flops = model_flops(n_active, trunk.wte.weight.numel(), model.config.n_layer, length, model.config.n_embd)
     peak = peak_flops(device, dtype) * here.count
     best_possible = {} if math.isnan(ceiling(held_out)) else {"ceiling": ceiling(held_out)}
-    say(f"{n_parameters:,} parameters, {n_active:,} at work, on {here.count} x {device.type}, {str(dtype)[6:]}")
+    frozen = sum(parameter.numel() for parameter in model.parameters()) - n_parameters  # not counted in flops
+    where = f"on {here.count} x {device.type}, {str(dtype)[6:]}"
+    say(f"{n_parameters:,} parameters, {n_active:,} at work, {frozen:,} frozen, {where}")
     say(f"{len(pairs):,} pairs to train on, {len(held_out):,} held out, ceiling {ceiling(held_out):.3f}")
     say(f"{config.steps} steps of {rows * here.count} pairs: {len(order) / len(pairs):.2f} times through")
 

@@ -1326,8 +1326,15 @@ def test_what_surprise_adds(causal: bool) -> None:
     with torch.no_grad():
         judge.price.add_(2.0)
         torch.testing.assert_close(judge(idx, mask), before - 2 * mean)
-        judge.surprised.zero_()
+        torch.testing.assert_close(checks.surprise_alone(judge)(idx, mask), judge.head.bias - judge.price * mean)
         judge.price.zero_()
+        told, plainly = judge(idx, mask), copy.deepcopy(judge)
+        nats, plainly.writer = judge.surprise(idx, (idx != PAD) | mask, mask), None
+        add = plainly.trunk.wte.register_forward_hook(lambda *args: args[-1] + nats[..., None] * judge.surprised)
+        torch.testing.assert_close(plainly(idx, mask), told)  # what the trunk reads are its vectors and nats times u
+        add.remove()
+        assert not torch.allclose(plainly(idx, mask), told)
+        judge.surprised.zero_()
     judge.writer, plain = None, judge(idx, mask)
     torch.testing.assert_close(judge(idx, mask), plain)  # without both, the model is one that knows of no surprise
     assert not torch.allclose(plain, before)
@@ -1347,6 +1354,33 @@ def test_the_writer_stays_as_it_was(bpe: BPETokenizer) -> None:
     assert judge.surprised.grad.abs().sum() > 0 and judge.price.grad.abs() > 0
     first, second = (judge.surprise(idx, idx != PAD, mask) for _ in range(2))
     assert first.equal(second)
+
+
+def test_what_surprises_is_shown(capsys: pytest.CaptureFixture, bpe: BPETokenizer) -> None:
+    """Each token above the limit with its nats; and the accuracy of surprise alone."""
+    judge = RewardModel(small_model(bpe), bpe.special_tokens["<|pad|>"], surprise=True).eval()
+    ids, prompts = bpe.encode("The lamp was red."), [bpe.encode("A lamp."), bpe.encode("A red boat, and more.")]
+    some = [Pair(prompts[0], ids, ids[:2]), Pair(prompts[1], ids[:3], ids)]
+    found = check_reward.show_surprise(judge, bpe, prompts, ids, some)
+    printed = " ".join(capsys.readouterr().out.split())
+    idx, mask = data.collate_responses([prompts[1]], [ids], judge.pad)
+    nats = judge.surprise(idx, idx != judge.pad, mask)[mask].tolist()
+    assert min(nats) > check_reward.SURPRISING  # a model that has learned nothing expects nothing
+    text = "".join(f"{bpe.decode([token])}[{s:.1f}]" for token, s in zip(ids, nats, strict=True))
+    assert f"another (mean {np.mean(nats):.2f}): {text}" in printed
+    rewards = [
+        -judge.surprise(*asked_alone(judge, pair.prompt, side)).sum() / len(side) for pair in some for side in pair[1:3]
+    ]
+    expected = np.mean([(1 + np.sign((a - b).item())) / 2 for a, b in zip(rewards[::2], rewards[1::2], strict=True)])
+    assert found == expected and f"surprise alone, without what was learned of pairs: accuracy {found:.3f}" in printed
+
+
+def asked_alone(
+    judge: RewardModel, prompt: list[int], ids: list[int]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What judge.surprise takes, of one answer."""
+    idx, mask = data.collate_responses([prompt], [ids], judge.pad)
+    return idx, idx != judge.pad, mask
 
 
 # === batches of pairs ===
@@ -1908,7 +1942,7 @@ def test_checks_of_a_data_set(tmp_path: Path, base: Path, file: Path, capsys: py
 def test_the_same_asked_in_other_words() -> None:
     """Another prompt with the same facts."""
     for asked in preferences.story_prompts(20, 1, True):
-        prompt = check_reward.reword(asked, 0)
+        prompt = checks.reword(asked, 0)
         assert prompt != asked.prompt
         assert all(value in prompt for value in asked.asked.values())
 
